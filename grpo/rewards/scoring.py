@@ -121,19 +121,19 @@ class Scorer:
                 recent.append(None if result.error is None else self._num_calls)
                 if result.error is not None and first is None:
                     first = sample, result.error
+        if first is None:
+            return
+        sample, error = first
+        what = f"on row {sample.source}: {error}; completion: {shorten(sample.text)}"
         failed = [number for number in recent if number is not None]
         is_frequent = len(failed) > self.max_error_rate * max(len(recent), FEWEST)
-        if first is not None and is_frequent and (self.max_error_rate == 0 or len(set(failed)) >= FEWEST_CALLS):
-            sample, error = first
-            raise RewardError(
-                f"reward {reward.name!r} failed on {len(failed)} of its last {len(recent)} completions (max_error_rate="
-                f"{self.max_error_rate}); now on row {sample.source}: {error}; completion: {shorten(sample.text)}")
-        if first is not None and index not in self._has_warned:
+        if is_frequent and (self.max_error_rate == 0 or len(set(failed)) >= FEWEST_CALLS):
+            raise RewardError(f"reward {reward.name!r} failed on {len(failed)} of its last {len(recent)} completions "
+                              f"(max_error_rate={self.max_error_rate}); now {what}")
+        if index not in self._has_warned:
             self._has_warned.add(index)
-            sample, error = first
-            warnings.warn(f"reward {reward.name!r} failed on row {sample.source}: {error}; completion: {shorten(sample.text)}. "
-                          "Completions on which it fails get no reward; the run stops once their share is above "
-                          f"env.max_error_rate={self.max_error_rate}", stacklevel=2)
+            warnings.warn(f"reward {reward.name!r} failed {what}. Completions on which it fails get no reward; the run stops "
+                          f"once their share is above env.max_error_rate={self.max_error_rate}", stacklevel=2)
 
 
 def _check(name: str, value: object, is_allowed: bool, allowed: str) -> None:
