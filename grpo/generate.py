@@ -56,13 +56,12 @@ from grpo.rollout.session import Sampler
 from grpo.rollout.turns import Turns, generator, until_stopped
 from grpo.run.checkpoint import MANIFEST, checkpoints_of
 from grpo.run.failures import describe_failure
-from grpo.run.identity import digest_file, digest_files
+from grpo.run.identity import digest_base, digest_file
 from grpo.run.policy import load_policy
 from grpo.run.signals import GracefulStop
 from models.chat.parse import parse_completion
 from models.chat.render import harmony_messages, render_prompt
 from models.chat.tokenizer import REPLACEMENT, Tokenizer
-from models.formats.files import weights_folder
 
 GENERATE_STEP = -2  # in place of the step in sampling keys: neither training nor evaluation draws with it
 MAX_HEADER_LEN = 32  # tokens; what has not become a header by then is shown as text
@@ -326,7 +325,7 @@ def files_of_weights(config: GenerateConfig, *, step: int | None) -> dict[str, s
     if config.run is not None:
         folder = checkpoints_of(Path(config.run).expanduser())[step]
         return {folder.name: (folder / MANIFEST).read_text(encoding="utf-8")}
-    found = {} if config.model.path is None else digest_files(weights_folder(config.model.path))
+    found = digest_base(config.model.path)
     if config.model.lora is not None and config.model.lora.adapter is not None:
         found |= {path.name: digest_file(path) for path in Path(config.model.lora.adapter).expanduser().glob("*.safetensors")}
     return found

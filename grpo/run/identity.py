@@ -40,8 +40,8 @@ def identify(config: TrainConfig, tokenizer: Tokenizer, env) -> dict[str, dict]:
             data = {"rows": str(env.fingerprint())}
     settings = {key: without_folders(value) for key, value in settings_of_steps(config).items()
                 if key not in PLACES and not (data and key.startswith("env.") and key.endswith("path"))}
-    base = {} if config.model.path is None else digest_files(weights_folder(config.model.path))
-    found = {"settings": settings, "base model": base, "tokenizer": {"vocabulary": tokenizer.fingerprint()}, "data": data}
+    found = {"settings": settings, "base model": digest_base(config.model.path),
+             "tokenizer": {"vocabulary": tokenizer.fingerprint()}, "data": data}
     return json.loads(json.dumps(found, default=str))  # as a checkpoint gives it back
 
 
@@ -88,6 +88,11 @@ def earlier_settings(run_dir: Path) -> dict[int, Path]:
     """Last step -> the config of it and of the steps before, back to that of the entry before; of later steps, config.yaml is."""
     return dict(sorted((int(match[1]), path) for path in run_dir.glob("config_until_*.yaml")
                        if (match := re.fullmatch(r"config_until_(\d{6,})\.yaml", path.name))))
+
+
+def digest_base(model_path: str | None) -> dict[str, str]:
+    """digest_files of the weights that `model.path` names, a folder or a hub id; empty without one."""
+    return {} if model_path is None else digest_files(weights_folder(model_path))
 
 
 def digest_files(folder: Path) -> dict[str, str]:
