@@ -24,13 +24,11 @@ from kernels.device import gpu_family, is_few, is_triton, measured, unmeasured
 from kernels.experts.few_rows import (
     FOR_LOW_RANK,
     FOR_X,
-    DecodeBlocks,
     Projection,
-    blocks_of,
     decode_projection,
-    fit_blocks,
     low_rank_rows,
 )
+from kernels.experts.few_tiles import DecodeBlocks, blocks_of, fit_blocks
 from kernels.experts.gemm import grouped_gemm
 from kernels.experts.outer import grouped_outer
 

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import torch
 from kernel_cases import LORA_SCALE, Case, Sizes, Work, case, leaf, size_of
 
-from kernels.experts.few_rows import DecodeBlocks, decode_projection, few_rows_forward, low_rank_rows
+from kernels.experts.few_rows import decode_projection, few_rows_forward, low_rank_rows
 from kernels.experts.few_sorting import can_route_few, route_few
+from kernels.experts.few_tiles import DecodeBlocks
 from kernels.experts.forward import activation_grad
 from kernels.experts.gemm import GemmBlocks, grouped_gemm
 from kernels.experts.outer import OuterBlocks, grouped_outer

@@ -11,15 +11,8 @@ from moe_problem import ALPHA, LIMIT, SCALE, composed, moe_decode, moe_forward, 
 
 import kernels.device
 from kernels.device import family_of, gpu_family
-from kernels.experts.few_rows import (
-    _PACKED,
-    FOR_LOW_RANK,
-    DecodeBlocks,
-    choose_decode_blocks,
-    decode_projection,
-    mma_of,
-    moe_decode_kernel,
-)
+from kernels.experts.few_rows import FOR_LOW_RANK, decode_projection, moe_decode_kernel
+from kernels.experts.few_tiles import _PACKED, DecodeBlocks, choose_decode_blocks, mma_of
 from kernels.experts.sorting import make_routing
 from kernels.packed.fragments import ASM_FAMILIES, chunk_of, to_fragments_, unpacks_by_asm
 from kernels.packed.mxfp4 import dequantize
