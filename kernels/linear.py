@@ -6,9 +6,10 @@ weights side by side; each adapted projection then has its own slice of the low-
 On a GPU the update is added to the same fp32 sum as the base's product. Many rows use grouped_gemm. Few rows (kernels/device.py:
 is_few), where time goes into reading the weight, use the kernel of kernels/experts/few_rows.py with one expert that owns every
 row: the weight is the MMA's M side and is read once for up to 64 tokens, in tiles small enough that every multiprocessor gets
-one. Each output is one sum over the inputs in ascending order, then over LoRA's rank: both ways and all tile sizes give the same
-bits. The backward is linear_backward. Its gradients of A and B, sums over tokens that can exceed float16's range, stay in fp32;
-the library computes those of W and b (full fine-tuning). On the CPU autograd differentiates lora_linear.
+one. In decode steps the same launch computes x A^T (Adapter.ready). Each output is one sum over the inputs in ascending order,
+then over LoRA's rank: all ways and all tile sizes give the same bits. The backward is linear_backward. Its gradients of A and B,
+sums over tokens that can exceed float16's range, stay in fp32; the library computes those of W and b (full fine-tuning). On the
+CPU autograd differentiates lora_linear.
 
 Shapes: T tokens, K in, N out, r LoRA's rank, G adapted projections of a product.
 """
@@ -22,6 +23,7 @@ import torch
 from kernels.dense import linear as dense_linear
 from kernels.device import gpu_family, is_few, is_triton, measured, unmeasured
 from kernels.experts.few_rows import (
+    FOR_ALL,
     FOR_LOW_RANK,
     FOR_X,
     Projection,
@@ -73,6 +75,7 @@ class Adapter(NamedTuple):
     groups: torch.Tensor | None  # [N] int32: a column's slice of the low-rank row, -1 for none; None for one projection
     columns: list[slice]  # of each adapted projection
     scale: float
+    ready: torch.Tensor | None = None  # [1] int32, 0 and for one product: decode_projection's, with A in x's dtype
 
 
 def lora_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora_A: torch.Tensor | None,
@@ -97,10 +100,17 @@ def decode_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, ada
     projection = Projection(weight.T[None], None, None, bias[None], False)
     if adapter is None:
         return decode_projection(x, projection, None, waits=FOR_X, blocks=blocks)
+    num_out, lora = len(weight), {"lora_up": adapter.B.T[None], "lora_groups": adapter.groups}
+    slice_rank, ends = adapter.B.shape[1], [end for columns in adapter.columns for end in (columns.start, columns.stop)]
+    lora["is_sliced"] = (adapter.groups is not None and slice_rank % 16 == 0
+                         and all(end % blocks.rows == 0 for end in ends if end < num_out))
+    if adapter.ready is not None:
+        has_all = sum(columns.stop - columns.start for columns in adapter.columns) == num_out
+        return decode_projection(x, projection, None, lora_A=adapter.A[None], ready=adapter.ready, scale=adapter.scale,
+                                 waits=FOR_X if has_all else FOR_ALL, blocks=blocks, **lora)  # else adapter_of just wrote B
     low_rank_blocks = choose_linear_blocks(family, x.dtype, num_tokens, num_in, len(adapter.A), is_low_rank=True)
     low_rank = low_rank_rows(x, adapter.A[None], None, scale=adapter.scale, waits=FOR_X, blocks=low_rank_blocks)
-    return decode_projection(x, projection, None, low_rank=low_rank, lora_up=adapter.B.T[None], lora_groups=adapter.groups,
-                             waits=FOR_LOW_RANK, blocks=blocks)
+    return decode_projection(x, projection, None, low_rank=low_rank, waits=FOR_LOW_RANK, blocks=blocks, **lora)
 
 
 def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapter: Adapter | None, *,
@@ -125,6 +135,7 @@ class LinearModule(Protocol):
     lora_A: torch.nn.Parameter | None  # [r, K] fp32
     lora_B: torch.nn.Parameter | None  # [N, r] fp32
     lora_scale: float
+    low_rank_ready: torch.Tensor | None  # Adapter.ready
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
@@ -177,7 +188,7 @@ def adapter_of(modules: list[LinearModule]) -> Adapter | None:
         B = torch.empty(sum(sizes), first.lora_A.shape[0], dtype=first.lora_B.dtype, device=first.lora_A.device)
         for module, part in zip(carriers, columns):
             B[part] = module.lora_B
-    return Adapter(joined([module.lora_A for module in carriers]), B, groups, columns, first.lora_scale)
+    return Adapter(joined([module.lora_A for module in carriers]), B, groups, columns, first.lora_scale, first.low_rank_ready)
 
 
 def linear(modules: list[LinearModule], x: torch.Tensor, *, keeps_low_rank: bool) -> tuple[torch.Tensor, torch.Tensor | None]:

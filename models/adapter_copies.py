@@ -1,12 +1,15 @@
 """Adapters in the model's dtype, copied once for a rollout: decode steps read half the bytes of the fp32 masters, which kernels
-round to that dtype at every use. So no bit depends on it.
+round to that dtype at every use. So no bit depends on it. And counters with which a product's launch computes its LoRA's low-rank
+rows too (kernels/experts/few_rows.py).
 """
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from models.experts import RoutedExperts
 from models.gpt_oss import GptOss
+from models.projections import Linear
 
 
 class AdapterCopies:
@@ -24,6 +27,9 @@ class AdapterCopies:
                 if key not in flat:
                     flat[key] = torch.empty(key[1] // parameter.itemsize, dtype=model.dtype, device=parameter.device)
                 self._copies[name] = flat[key].as_strided(parameter.shape, parameter.stride(), parameter.storage_offset())
+        modules = [module for module in model.modules() if isinstance(module, RoutedExperts) or type(module) is Linear]
+        self._counters = torch.zeros(len(modules), 2, dtype=torch.int32, device=model.device)
+        self._counted = list(zip(modules, self._counters))
         self.refresh()
 
     @torch.no_grad()
@@ -36,9 +42,16 @@ class AdapterCopies:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside the `with`, the model computes with the copies. For passes without gradient, and captures of them."""
+        """Inside the `with`, the model computes with the copies. For one pass without gradient, or the capture of one."""
         if not self._copies:
             yield
             return
-        with self._model.exchanged(self._copies):
-            yield
+        self._counters.zero_()  # in a capture, at the start of every step
+        try:
+            for module, counters in self._counted:
+                module.low_rank_ready = counters
+            with self._model.exchanged(self._copies):
+                yield
+        finally:
+            for module, _ in self._counted:
+                module.low_rank_ready = None

@@ -62,6 +62,7 @@ class RoutedExperts(nn.Module):
             self.register_parameter(f"{name}_lora_A", None)  # [E, r, in] fp32
             self.register_parameter(f"{name}_lora_B", None)  # [E, out, r] fp32
         self.lora_scale, self.adapter_enabled = 0.0, True
+        self.low_rank_ready: torch.Tensor | None = None  # [2] int32: few_rows_forward's `ready`
         self.weight_format = self.layout = weight_format
         self._layout_settings: tuple[bool, ...] = ()
         self._store: ExpertStore | None = None  # of weights that stream, and the number of this layer in it
@@ -92,7 +93,7 @@ class RoutedExperts(nn.Module):
         here = routing if self.share is None else self.share.routing(routing)
         if kept is None and is_few(x) and self.layout.serves_few_rows:
             few = (projection.few_rows(x, here.offsets_device) for projection in projections)
-            rows = few_rows_forward(x, here, *few, **self._settings())
+            rows = few_rows_forward(x, here, *few, ready=self.low_rank_ready, **self._settings())
         else:
             rows, moe = local_forward(x, here, *projections, dtype=dtype,
                                       scratch_bytes=SCRATCH_BYTES if kept is None else kept.scratch_bytes,

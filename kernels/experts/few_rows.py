@@ -13,11 +13,15 @@ needs no shared memory between unpacking and the tensor core. Two ways of unpack
 bfloat16 on some GPUs with scales up to 128, and arithmetic in fp32 otherwise. The same kernel takes dense weights, and LoRA's
 first factors.
 
+LoRA's first product, low_rank = scale * x A^T rounded to x's dtype, is a launch of its own before that of W. Or, if the caller
+has a counter for it, W's launch has a few more programs, its first, which compute low_rank while the others multiply with W, who
+wait for the counter before they add LoRA. That saves a launch, and weights are asked for before x is there.
+
 Expert offsets stay on the device and grids depend on the number of tokens alone, so a CUDA graph can replay the launches.
 Programs without work exit at once.
 
-If launches overlap (kernels/device.py), x A^T and the product with W run at the same time: the latter waits just before it adds
-LoRA. A launch without LoRA starts loading its first weights, then waits for x.
+If launches overlap (kernels/device.py), a launch of x A^T and that of W run at the same time: the latter waits just before it
+adds LoRA. A launch that none of x A^T precedes starts loading its first weights, then waits for x.
 
 Shapes: T tokens, A experts per token, R = T * A routed rows, D model width, F expert width, E experts, r rank, K in, N out.
 """
@@ -37,7 +41,7 @@ from kernels.device import (
     prefetch,
     wait_for_launch_before,
 )
-from kernels.experts.few_tiles import DecodeBlocks, choose_decode_blocks, mma_of
+from kernels.experts.few_tiles import DecodeBlocks, choose_decode_blocks, low_rank_steps, mma_of
 from kernels.experts.gemm import DTYPES
 from kernels.experts.sorting import Routing
 from kernels.experts.tiles import owner_of_tile, tiles_of_experts
@@ -65,11 +69,11 @@ def _packed_tile(words, scales, group_stride, scale_stride, k, is_group, GROUPS:
 
 
 @triton.jit
-def _lora_up(lora_up, lora_groups, expert, features, step, num_out, rank, slice_rank, stride_expert, stride_rank, stride_out,
+def _lora_up(lora_up, lora_groups, expert, features, step, num_out, num_ranks, slice_rank, stride_expert, stride_rank, stride_out,
              RANK: tl.constexpr, HAS_GROUPS: tl.constexpr):
     """[features, RANK] of LoRA's second factor."""
     ranks = step * RANK + tl.arange(0, RANK)
-    mask = (ranks < rank)[None, :] & (features < num_out)[:, None]
+    mask = (ranks < num_ranks)[None, :] & (features < num_out)[:, None]
     if HAS_GROUPS:
         own = tl.load(lora_groups + features, mask=features < num_out, other=-1)
         mask = mask & ((ranks // slice_rank)[None, :] == own[:, None])
@@ -156,8 +160,8 @@ def _packed_sums(
 @triton.jit
 def _dense_sum(
     x, sources, is_row, weight_base, features, num_out, stride_x, stride_weight,
-    NUM_IN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, INNER: tl.constexpr, IN_CONTIGUOUS: tl.constexpr,
-    EVEN_IN: tl.constexpr, OVERLAPS: tl.constexpr, WAITS: tl.constexpr,
+    NUM_IN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr,
+    IN_CONTIGUOUS: tl.constexpr, EVEN_IN: tl.constexpr, OVERLAPS: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = x.dtype.element_ty
     inner = tl.arange(0, INNER)
@@ -174,7 +178,7 @@ def _dense_sum(
         weight_pointers = weight_base + inner.to(tl.int64)[None, :] * stride_weight + features[:, None]
     if WAITS == 1:
         wait_for_launch_before(OVERLAPS)
-    for k in range(0, NUM_IN, INNER):
+    for k in tl.range(0, NUM_IN, INNER, num_stages=STAGES):
         if EVEN_IN:
             b = tl.load(x_pointers, mask=is_row[None, :], other=0.0)
             a = tl.load(weight_pointers, mask=is_feature[:, None], other=0.0)
@@ -193,8 +197,8 @@ def _dense_sum(
 
 @triton.jit
 def _finish(
-    acc, rows, is_row, first, features, expert, out, bias, low_rank, lora_up, lora_groups, up, num_out, rank, slice_rank, scale,
-    alpha, limit, stride_up_expert, stride_up_rank, stride_up_out,
+    acc, rows, is_row, first, features, expert, out, bias, low_rank, lora_up, lora_groups, up, num_out, rank, num_ranks,
+    slice_rank, scale, alpha, limit, stride_up_expert, stride_up_rank, stride_up_out,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, RANK: tl.constexpr, RANK_STEPS: tl.constexpr,
     IS_PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_LORA_GROUPS: tl.constexpr,
     HAS_SWIGLU: tl.constexpr,
@@ -203,9 +207,9 @@ def _finish(
     for step in tl.static_range(RANK_STEPS):
         ranks = step * RANK + tl.arange(0, RANK)
         low = tl.load(low_rank + rows.to(tl.int64)[None, :] * rank + ranks[:, None],
-                      mask=is_row[None, :] & (ranks < rank)[:, None], other=0.0)
+                      mask=is_row[None, :] & (ranks < num_ranks)[:, None], other=0.0)
         if RANK_STEPS > 1 or RANK > 16:
-            up = _lora_up(lora_up, lora_groups, expert, features, step, num_out, rank, slice_rank, stride_up_expert,
+            up = _lora_up(lora_up, lora_groups, expert, features, step, num_out, num_ranks, slice_rank, stride_up_expert,
                           stride_up_rank, stride_up_out, RANK, HAS_LORA_GROUPS)
         acc = tl.dot(up.to(DTYPE), low, acc, input_precision="ieee")
     if HAS_SCALE:
@@ -229,26 +233,84 @@ def _finish(
                  mask=is_row[None, :] & (natural < num_out)[:, None])
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit
+def _low_rank_tile(
+    tile, x, lora_A, low_rank, ready, offsets, gather, num_rows, num_experts, rank, scale, one, stride_x,
+    NUM_IN: tl.constexpr, EXPERTS: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr, HAS_OFFSETS: tl.constexpr,
+    HAS_GATHER: tl.constexpr, OVERLAPS: tl.constexpr, WAITS: tl.constexpr,
+):  # fmt: skip
+    """low_rank = scale * x A^T, 16 ranks for 16 rows of one expert. Counts itself in `ready` when that is stored, or without work
+    at once."""
+    SIZE: tl.constexpr = 16
+    token_tiles_of = tiles_of_experts(offsets, num_rows, num_experts, SIZE, EXPERTS, HAS_OFFSETS)
+    rank_tiles = tl.cdiv(rank, SIZE)
+    if tile < tl.sum(token_tiles_of, 0) * rank_tiles:
+        expert, within, start, end = owner_of_tile(tile, token_tiles_of, tl.cumsum(token_tiles_of, 0), offsets, num_rows,
+                                                   rank_tiles, EXPERTS, HAS_OFFSETS)
+        token_tiles = tl.cdiv(end - start, SIZE)
+        ranks = within // token_tiles * SIZE + tl.arange(0, SIZE)
+        rows = start + within % token_tiles * SIZE + tl.arange(0, SIZE)
+        is_row = rows < end
+        if HAS_GATHER:
+            sources = tl.load(gather + rows, mask=is_row, other=0)
+        else:
+            sources = tl.where(is_row, rows, 0)
+        acc = _dense_sum(x, sources, is_row, lora_A + expert.to(tl.int64) * rank * NUM_IN, ranks, rank, stride_x, NUM_IN, NUM_IN,
+                         SIZE, SIZE, INNER, STAGES, True, NUM_IN % INNER == 0, OVERLAPS, WAITS)
+        if NUM_IN <= INNER:  # as in moe_decode_kernel
+            acc = acc * one
+        tl.store(low_rank + rows.to(tl.int64)[None, :] * rank + ranks[:, None], (acc * scale).to(low_rank.dtype.element_ty),
+                 mask=is_row[None, :] & (ranks < rank)[:, None])
+    tl.debug_barrier()  # every thread has stored
+    tl.atomic_add(ready, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def _wait_until(ready, count, SPINS: tl.constexpr):
+    """Waits until `count` programs have counted themselves in `ready`, and returns 0. What they stored is read through pointers
+    to which this 0 was added: then no load comes too early. Every thread waits for itself, since an acquire is a thread's own."""
+    if SPINS:
+        return tl.inline_asm_elementwise("""{
+            .reg .pred waits;
+            .reg .b32 seen;
+            again:
+            ld.acquire.gpu.global.b32 seen, [$1];
+            setp.lt.s32 waits, seen, $2;
+            @waits bra again;
+            mov.b32 $0, 0;
+        }""", "=r,l,r", [ready.to(tl.int64), count], dtype=tl.int32, is_pure=False, pack=1)
+    return 0  # the interpreter runs one program after the other
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_low"], do_not_specialize_on_alignment=["ready"])
 def moe_decode_kernel(
-    x, weight, scales, out, offsets, gather, bias, low_rank, lora_up, lora_groups,
-    num_rows, num_experts, num_out, rank, slice_rank, scale, alpha, limit, one,
+    x, weight, scales, out, offsets, gather, bias, low_rank, lora_A, lora_up, lora_groups, ready,
+    num_rows, num_low, num_experts, num_out, rank, slice_rank, scale, alpha, limit, one,
     stride_x, stride_weight_expert, stride_weight, stride_up_expert, stride_up_rank, stride_up_out,
     NUM_IN: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, MORE: tl.constexpr,
     INNER: tl.constexpr, TAIL: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, RANK_STEPS: tl.constexpr,
     IS_PACKED: tl.constexpr, IS_ASM: tl.constexpr, IN_CONTIGUOUS: tl.constexpr, EVEN_IN: tl.constexpr, EVEN_OUT: tl.constexpr,
     HAS_OFFSETS: tl.constexpr, HAS_GATHER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_LORA_GROUPS: tl.constexpr, HAS_SWIGLU: tl.constexpr, MMA: tl.constexpr, OVERLAPS: tl.constexpr, WAITS: tl.constexpr,
+    HAS_LORA_GROUPS: tl.constexpr, IS_SLICED: tl.constexpr, HAS_SWIGLU: tl.constexpr, LOW_INNER: tl.constexpr,
+    LOW_STAGES: tl.constexpr, SPINS: tl.constexpr, MMA: tl.constexpr, OVERLAPS: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """ROWS output features of one expert for TOKENS of its rows, and for MORE further ones if it has them. Packed weights:
     words and scales as unpack_fragments takes them; the last TAIL inputs are a step of their own. Dense weights: stride_weight
-    is the stride of the dimension that is not contiguous. WAITS: FOR_ALL, FOR_X or FOR_LOW_RANK."""
+    is the stride of the dimension that is not contiguous. WAITS: FOR_ALL, FOR_X or FOR_LOW_RANK. IS_SLICED: a tile has features
+    of one slice. With LOW_INNER the first num_low programs compute low_rank, for which the others wait at their end; programs
+    start in the order of their numbers, so none of the first waits for a place that one of the others holds."""
     if WAITS == 0:
         wait_for_launch_before(OVERLAPS)
+    tile = tl.program_id(0)
+    if LOW_INNER:
+        if tile < num_low:
+            _low_rank_tile(tile, x, lora_A, low_rank, ready, offsets, gather, num_rows, num_experts, rank, scale, one, stride_x,
+                           NUM_IN, EXPERTS, LOW_INNER, LOW_STAGES, HAS_OFFSETS, HAS_GATHER, OVERLAPS, WAITS)
+            return
+        tile -= num_low
     token_tiles_of = tiles_of_experts(offsets, num_rows, num_experts, TOKENS + MORE, EXPERTS, HAS_OFFSETS)
     ends_of = tl.cumsum(token_tiles_of, 0)
     feature_tiles = tl.cdiv(num_out, ROWS)
-    tile = tl.program_id(0)
     if tile >= tl.sum(token_tiles_of, 0) * feature_tiles:
         return
     # an expert's tiles with the same weights follow each other, for the L2 cache
@@ -268,10 +330,15 @@ def moe_decode_kernel(
     if IS_PACKED:  # in the order of the accumulator: row 8h + g of a group holds feature 2g + h
         index = tl.arange(0, ROWS)
         features = first + index // 16 * 16 + index % 8 * 2 + index // 8 % 2
+    num_ranks = rank
+    if IS_SLICED:  # the tile's part of low-rank rows, and none of B without an adapter
+        own_slice = tl.load(lora_groups + first)
+        num_ranks = tl.where(own_slice < 0, 0, slice_rank)
+        low_rank += tl.maximum(own_slice, 0) * slice_rank
     up = None
     if RANK_STEPS == 1 and RANK == 16:  # loaded before the loop, as the tail is; a larger rank would not fit into registers
-        up = _lora_up(lora_up, lora_groups, expert, features, 0, num_out, rank, slice_rank, stride_up_expert, stride_up_rank,
-                      stride_up_out, RANK, HAS_LORA_GROUPS)
+        up = _lora_up(lora_up, lora_groups, expert, features, 0, num_out, num_ranks, slice_rank, stride_up_expert,
+                      stride_up_rank, stride_up_out, RANK, HAS_LORA_GROUPS and not IS_SLICED)
     more_rows, more_sources, is_more = rows, sources, is_row
     if IS_PACKED:
         per_input: tl.constexpr = 4 if IS_ASM else 2
@@ -293,26 +360,31 @@ def moe_decode_kernel(
                     acc, more = acc * one, more * one
                 if WAITS == 2:
                     wait_for_launch_before(OVERLAPS)
+                if LOW_INNER:
+                    low_rank += _wait_until(ready, num_low, SPINS)
                 _finish(acc, rows, is_row, first, features, expert, out, bias, low_rank, lora_up, lora_groups, up, num_out, rank,
-                        slice_rank, scale, alpha, limit, stride_up_expert, stride_up_rank, stride_up_out, x.dtype.element_ty,
-                        ROWS, TOKENS, RANK, RANK_STEPS, IS_PACKED, HAS_BIAS, HAS_SCALE, HAS_LORA_GROUPS, HAS_SWIGLU)
+                        num_ranks, slice_rank, scale, alpha, limit, stride_up_expert, stride_up_rank, stride_up_out,
+                        x.dtype.element_ty, ROWS, TOKENS, RANK, RANK_STEPS, IS_PACKED, HAS_BIAS, HAS_SCALE,
+                        HAS_LORA_GROUPS and not IS_SLICED, HAS_SWIGLU)
                 _finish(more, more_rows, is_more, first, features, expert, out, bias, low_rank, lora_up, lora_groups, up, num_out,
-                        rank, slice_rank, scale, alpha, limit, stride_up_expert, stride_up_rank, stride_up_out,
-                        x.dtype.element_ty, ROWS, MORE, RANK, RANK_STEPS, IS_PACKED, HAS_BIAS, HAS_SCALE, HAS_LORA_GROUPS,
-                        HAS_SWIGLU)
+                        rank, num_ranks, slice_rank, scale, alpha, limit, stride_up_expert, stride_up_rank, stride_up_out,
+                        x.dtype.element_ty, ROWS, MORE, RANK, RANK_STEPS, IS_PACKED, HAS_BIAS, HAS_SCALE,
+                        HAS_LORA_GROUPS and not IS_SLICED, HAS_SWIGLU)
                 return
         acc, _ = _packed_sums(x, sources, is_row, more_sources, is_more, weight_base, scale_base, first, num_out, stride_x,
                               NUM_IN, ROWS, TOKENS, 0, INNER, TAIL, CHUNK, IS_ASM, EVEN_OUT, MMA, OVERLAPS, WAITS)
     else:
         acc = _dense_sum(x, sources, is_row, weight + expert * stride_weight_expert, features, num_out, stride_x, stride_weight,
-                         NUM_IN, ROWS, TOKENS, INNER, IN_CONTIGUOUS, EVEN_IN, OVERLAPS, WAITS)
+                         NUM_IN, ROWS, TOKENS, INNER, None, IN_CONTIGUOUS, EVEN_IN, OVERLAPS, WAITS)
     if NUM_IN - TAIL <= INNER:  # if one step covers all inputs, the compiler would start the sum with the bias: other bits
         acc = acc * one
     if WAITS == 2:
         wait_for_launch_before(OVERLAPS)
-    _finish(acc, rows, is_row, first, features, expert, out, bias, low_rank, lora_up, lora_groups, up, num_out, rank, slice_rank,
-            scale, alpha, limit, stride_up_expert, stride_up_rank, stride_up_out, x.dtype.element_ty, ROWS, TOKENS, RANK,
-            RANK_STEPS, IS_PACKED, HAS_BIAS, HAS_SCALE, HAS_LORA_GROUPS, HAS_SWIGLU)
+    if LOW_INNER:
+        low_rank += _wait_until(ready, num_low, SPINS)
+    _finish(acc, rows, is_row, first, features, expert, out, bias, low_rank, lora_up, lora_groups, up, num_out, rank, num_ranks,
+            slice_rank, scale, alpha, limit, stride_up_expert, stride_up_rank, stride_up_out, x.dtype.element_ty, ROWS, TOKENS,
+            RANK, RANK_STEPS, IS_PACKED, HAS_BIAS, HAS_SCALE, HAS_LORA_GROUPS and not IS_SLICED, HAS_SWIGLU)
 
 
 def _shape_of(projection: Projection) -> tuple[int, int, int]:
@@ -325,27 +397,33 @@ def _shape_of(projection: Projection) -> tuple[int, int, int]:
 
 def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Tensor | None, *,
                       gather: torch.Tensor | None = None, low_rank: torch.Tensor | None = None,
-                      lora_up: torch.Tensor | None = None, lora_groups: torch.Tensor | None = None,
+                      lora_A: torch.Tensor | None = None, lora_up: torch.Tensor | None = None,
+                      lora_groups: torch.Tensor | None = None, is_sliced: bool = False, ready: torch.Tensor | None = None,
                       scale: float | None = None, swiglu: tuple[float, float] | None = None, waits: int = FOR_ALL,
                       num_parts: int = 1, out: torch.Tensor | None = None, blocks: DecodeBlocks | None = None) -> torch.Tensor:
     """grouped_gemm's result for few rows, from packed or dense weights: (x_r W_e + low_rank_r U_e) * scale + b_e for each row r
     of expert e, rounded once to x's dtype; with swiglu = (alpha, limit) the clamped activation of that, [R, N / 2].
 
     x [R, K] in expert order or, with gather [R] int32, any [T, K]; offsets [E + 1] int32 on x's device, or None if one expert
-    owns every row; low_rank [R, r] in x's dtype with lora_up [E, r, N] and lora_groups as in grouped_gemm. waits: the inputs
-    that the launch before this one may write (FOR_ALL, FOR_X, FOR_LOW_RANK); earlier launches must have written the others.
-    num_parts: as of a Routing; rows of other parts' experts are not written. out: for the result. Triton only. Raises ValueError
-    for dtypes and GPUs that the kernel cannot serve."""
+    owns every row; low_rank [R, r] in x's dtype with lora_up [E, r, N] and lora_groups as in grouped_gemm. Instead of low_rank,
+    lora_A [E, r, K] in x's dtype, contiguous, and ready [1] int32, 0 and for this launch alone: the launch computes
+    low_rank = scale * x A^T too, and `scale` multiplies nothing else. is_sliced: no tile has features of two of lora_groups.
+    waits: the inputs that the launch before this one may write (FOR_ALL, FOR_X, FOR_LOW_RANK); earlier launches must have written
+    the others. num_parts: as of a Routing; rows of other parts' experts are not written. out: for the result. Triton only. Raises
+    ValueError for dtypes and GPUs that the kernel cannot serve."""
     num_experts, num_in, num_out = _shape_of(projection)
     num_rows = x.shape[0] if gather is None else gather.shape[0]
-    rank = 0 if low_rank is None else low_rank.shape[1]
+    rank = low_rank.shape[1] if low_rank is not None else 0 if lora_A is None else lora_A.shape[1]
     is_packed, is_asm, bias = projection.weight is None, projection.unpacks_by_asm, projection.bias
     slice_rank = rank if lora_groups is None else lora_up.shape[1]
     assert x.shape[1] == num_in, f"x {x.shape}: {num_in} inputs needed"
     assert num_experts == 1 if offsets is None else offsets.shape == (num_experts + 1,), f"offsets of {num_experts} experts"
     assert bias is None or bias.shape == (num_experts, num_out), f"bias {bias.shape}: {(num_experts, num_out)} needed"
-    assert (low_rank is None) == (lora_up is None), "low_rank and lora_up come together"
-    assert low_rank is None or low_rank.is_contiguous()
+    assert (low_rank is None and lora_A is None) == (lora_up is None), "low_rank or lora_A come together with lora_up"
+    assert low_rank is None or low_rank.is_contiguous() and lora_A is None
+    assert (lora_A is None) == (ready is None), "lora_A and ready come together"
+    assert lora_A is None or lora_A.shape == (num_experts, rank, num_in) and lora_A.is_contiguous(), f"lora_A {lora_A.shape}"
+    assert lora_A is None or lora_A.dtype == x.dtype, f"lora_A {lora_A.dtype}: x's dtype {x.dtype} needed"
     assert lora_up is None or lora_up.shape == (num_experts, slice_rank, num_out), f"lora_up {lora_up.shape}"
     assert lora_groups is None or lora_groups.shape == (num_out,), f"lora_groups {lora_groups.shape}: ({num_out},) needed"
     assert not is_asm or x.dtype == torch.bfloat16, f"inline assembly unpacks to bfloat16, x is {x.dtype}"
@@ -369,22 +447,30 @@ def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Te
         in_contiguous = weight.stride(1) == 1
         assert in_contiguous or weight.stride(2) == 1, f"strides {weight.stride()}: in or out must be contiguous"
         strides = (weight.stride(0), weight.stride(2 if in_contiguous else 1))
-    rank_block = max(16, min(64, next_power_of_2(rank)))
+    low_inner, low_stages, num_low = 0, 0, 0
+    if lora_A is not None:
+        low_rank = x.new_empty((num_rows, rank))
+        low_inner, low_stages = low_rank_steps(blocks, num_in, x.dtype, is_packed=is_packed)
+        num_low = (num_rows // 16 + min(num_experts, num_rows)) * cdiv(rank, 16)  # at most, as below
+    num_ranks = slice_rank if is_sliced else rank
+    rank_block = max(16, min(64, next_power_of_2(num_ranks)))
     up_strides = (0, 0, 0) if lora_up is None else lora_up.stride()
     alpha, limit = (0.0, 0.0) if swiglu is None else swiglu
     assert waits != FOR_LOW_RANK or low_rank is not None, "nothing to wait for"
     token_tiles = num_rows // (blocks.tokens + blocks.more) + min(num_experts, num_rows)  # at most: a part tile per expert
     launch(
-        moe_decode_kernel, (token_tiles * cdiv(num_out, blocks.rows),),
-        x, weight, scales, out, offsets, gather, bias, low_rank, lora_up, lora_groups, num_rows, num_experts, num_out, rank,
-        slice_rank, 1.0 if scale is None else scale, alpha, limit, 1.0, x.stride(0), *strides, *up_strides,
+        moe_decode_kernel, (num_low + token_tiles * cdiv(num_out, blocks.rows),),
+        x, weight, scales, out, offsets, gather, bias, low_rank, lora_A, lora_up, lora_groups, ready, num_rows, num_low,
+        num_experts, num_out, rank, slice_rank, 1.0 if scale is None else scale, alpha, limit, 1.0, x.stride(0), *strides,
+        *up_strides,
         NUM_IN=num_in, EXPERTS=next_power_of_2(num_experts), ROWS=blocks.rows, TOKENS=blocks.tokens, MORE=blocks.more,
-        INNER=blocks.inner, TAIL=tail, CHUNK=chunk, RANK=rank_block, RANK_STEPS=cdiv(rank, rank_block), IS_PACKED=is_packed,
-        IS_ASM=is_asm,
-        IN_CONTIGUOUS=in_contiguous, EVEN_IN=num_in % blocks.inner == 0, EVEN_OUT=num_out % blocks.rows == 0,
-        HAS_OFFSETS=offsets is not None, HAS_GATHER=gather is not None, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None,
-        HAS_LORA_GROUPS=lora_groups is not None, HAS_SWIGLU=swiglu is not None, MMA=mma_of(gpu_family(x), x.dtype, blocks),
-        WAITS=waits, num_warps=blocks.num_warps, num_stages=blocks.num_stages, **overlap_constants(x, num_rows),
+        INNER=blocks.inner, TAIL=tail, CHUNK=chunk, RANK=rank_block, RANK_STEPS=cdiv(num_ranks, rank_block),
+        IS_PACKED=is_packed, IS_ASM=is_asm, IN_CONTIGUOUS=in_contiguous, EVEN_IN=num_in % blocks.inner == 0,
+        EVEN_OUT=num_out % blocks.rows == 0, HAS_OFFSETS=offsets is not None, HAS_GATHER=gather is not None,
+        HAS_BIAS=bias is not None, HAS_SCALE=scale is not None and lora_A is None, HAS_LORA_GROUPS=lora_groups is not None,
+        IS_SLICED=is_sliced, HAS_SWIGLU=swiglu is not None, LOW_INNER=low_inner, LOW_STAGES=low_stages,
+        SPINS=gpu_family(x) != "interpreter", MMA=mma_of(gpu_family(x), x.dtype, blocks), WAITS=waits, num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages, **overlap_constants(x, num_rows),
     )  # fmt: skip
     return out
 
@@ -397,26 +483,35 @@ def low_rank_rows(x: torch.Tensor, lora_A: torch.Tensor, offsets: torch.Tensor |
     return decode_projection(x, projection, offsets, gather=gather, scale=scale, waits=waits, num_parts=num_parts, blocks=blocks)
 
 
+def _adapted_projection(x: torch.Tensor, projection: Projection, offsets: torch.Tensor, lora: tuple[torch.Tensor, ...],
+                        ready: torch.Tensor | None, *, lora_scale: float, waits: int, gather: torch.Tensor | None = None,
+                        swiglu: tuple[float, float] | None = None, num_parts: int,
+                        out: torch.Tensor | None = None) -> torch.Tensor:
+    """decode_projection with lora, A [E, r, K] and B [E, N, r] or nothing: with `ready` in one launch, else in two."""
+    options = {"gather": gather, "swiglu": swiglu, "num_parts": num_parts, "out": out}
+    if not lora:
+        return decode_projection(x, projection, offsets, waits=waits, **options)
+    lora_A, lora_up = lora[0], lora[1].transpose(1, 2)
+    if ready is not None:
+        return decode_projection(x, projection, offsets, lora_A=lora_A, lora_up=lora_up, ready=ready, scale=lora_scale,
+                                 waits=waits, **options)
+    low_rank = low_rank_rows(x, lora_A, offsets, scale=lora_scale, gather=gather, waits=waits, num_parts=num_parts)
+    return decode_projection(x, projection, offsets, low_rank=low_rank, lora_up=lora_up, waits=FOR_LOW_RANK, **options)
+
+
 def few_rows_forward(x: torch.Tensor, routing: Routing, gate_up: Projection, down: Projection, *,
                      lora: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None, lora_scale: float, alpha: float,
-                     limit: float) -> torch.Tensor:
+                     limit: float, ready: torch.Tensor | None = None) -> torch.Tensor:
     """The experts' outputs [R, D], in expert order, for x [T, D] routed to them; zeros for rows of other parts. Triton only, no
     gradient.
 
     gate_up [E, D, 2F], gate and up interleaved, and down [E, F, D] are Projections. lora: A [E, r, D] and B [E, 2F, r] of
-    gate_up, A [E, r, F] and B [E, D, r] of down, fp32 masters or x's dtype."""
+    gate_up, A [E, r, F] and B [E, D, r] of down, fp32 masters or x's dtype. ready [2] int32, 0 and for one call: with it A is in
+    x's dtype, and x A^T computed in W's launch."""
     offsets, tokens, num_parts = routing.offsets_device, routing.tokens, routing.num_parts
     rows = routing.new_rows(x, down.bias.shape[1])  # first: zeroing is a launch that does not overlap
-    low_rank = lora_up = None
-    waits = FOR_ALL, FOR_X  # gate_up waits for the sort, down for gate_up
-    if lora is not None:
-        waits = FOR_LOW_RANK, FOR_LOW_RANK
-        low_rank = low_rank_rows(x, lora[0], offsets, scale=lora_scale, gather=tokens, num_parts=num_parts)
-        lora_up = lora[1].transpose(1, 2)
-    act = decode_projection(x, gate_up, offsets, gather=tokens, low_rank=low_rank, lora_up=lora_up, swiglu=(alpha, limit),
-                            waits=waits[0], num_parts=num_parts)
-    if lora is not None:
-        low_rank = low_rank_rows(act, lora[2], offsets, scale=lora_scale, waits=FOR_X, num_parts=num_parts)
-        lora_up = lora[3].transpose(1, 2)
-    return decode_projection(act, down, offsets, low_rank=low_rank, lora_up=lora_up, waits=waits[1], num_parts=num_parts,
-                             out=rows)
+    lora, options = lora or (), {"lora_scale": lora_scale, "num_parts": num_parts}
+    counters = (None, None) if ready is None else (ready[:1], ready[1:])
+    act = _adapted_projection(x, gate_up, offsets, lora[:2], counters[0], gather=tokens, swiglu=(alpha, limit), waits=FOR_ALL,
+                              **options)  # FOR_ALL: the launch before is the sort
+    return _adapted_projection(act, down, offsets, lora[2:], counters[1], waits=FOR_X, out=rows, **options)

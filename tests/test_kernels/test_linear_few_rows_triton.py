@@ -8,6 +8,7 @@ from aot import ARCHITECTURES, check_fits, compile_for
 
 from kernels.device import family_of
 from kernels.experts.few_rows import moe_decode_kernel
+from kernels.experts.few_tiles import low_rank_steps
 from kernels.experts.gemm import grouped_gemm
 from kernels.linear import _LINEAR, Adapter, choose_linear_blocks, decode_linear
 
@@ -41,8 +42,13 @@ def in_float64(t, sizes, rank, adapted):
     return y
 
 
-def decoded(t):
-    adapter = Adapter(t["lora_A"], t["lora_B"], t.get("lora_groups"), [], t["lora_scale"]) if "lora_A" in t else None
+def decoded(t, sizes, adapted, *, in_one_launch=False):
+    if not adapted:
+        return decode_linear(t["x"], t["weight"], t["bias"], None)
+    columns = [slice(sum(sizes[:i]), sum(sizes[:i + 1])) for i in adapted]
+    ready = torch.zeros(1, dtype=torch.int32, device=t["x"].device) if in_one_launch else None
+    A, B = (t[name].to(t["x"].dtype) if in_one_launch else t[name] for name in ("lora_A", "lora_B"))
+    adapter = Adapter(A, B, t.get("lora_groups"), columns, t["lora_scale"], ready)
     return decode_linear(t["x"], t["weight"], t["bias"], adapter)
 
 
@@ -50,41 +56,49 @@ def decoded(t):
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("num_tokens, num_in, sizes, rank, adapted", [
     (1, 96, (48, 16, 16), 3, (0, 1, 2)), (7, 70, (33, 8, 9), 4, (0, 2)), (37, 64, (40,), 5, (0,)), (17, 33, (20, 20), 4, ()),
-    (0, 32, (16,), 2, (0,)),
+    (0, 32, (16,), 2, (0,)), (5, 96, (64, 32, 32), 16, (0, 2)), (37, 70, (32, 64, 32), 32, (0, 1, 2)),
 ])
-def test_a_product_with_its_adapters(num_tokens, num_in, sizes, rank, adapted):
+@pytest.mark.parametrize("in_one_launch", [False, True])
+def test_a_product_with_its_adapters(num_tokens, num_in, sizes, rank, adapted, in_one_launch):
     t = problem(num_tokens, num_in, sizes, rank, adapted)
     if adapted and len(adapted) < len(sizes):  # rows of columns without an adapter are not read
         t["lora_B"][t["lora_groups"] < 0] = torch.nan
-    torch.testing.assert_close(decoded(t).double(), in_float64(t, sizes, rank, adapted), rtol=1e-5, atol=1e-5)
+    y = decoded(t, sizes, adapted, in_one_launch=in_one_launch)
+    torch.testing.assert_close(y.double(), in_float64(t, sizes, rank, adapted), rtol=1e-5, atol=1e-5)
 
 
-USES = {"qkv": (2880, 5120, 48, True), "o_proj": (4096, 2880, 16, False), "x A^T": (2880, 48, 0, False)}
+# in, out, rank, how many slices of it; "and A": the launch computes x A^T too
+USES = {"qkv": (2880, 5120, 48, 3), "o_proj": (4096, 2880, 16, 1), "x A^T": (2880, 48, 0, 1), "qkv and A": (2880, 5120, 48, 3),
+        "o_proj and A": (4096, 2880, 16, 1)}
 
 
 @pytest.mark.parametrize("arch, num_tokens", [(arch, most) for arch in ARCHITECTURES
                                               for most, *_ in _LINEAR[family_of(arch)].blocks])
 @pytest.mark.parametrize("use", USES)
 def test_kernels_fit_every_gpu(arch, use, num_tokens):
-    num_in, num_out, rank, has_groups = USES[use]
-    is_low_rank = use == "x A^T"
+    num_in, num_out, rank, num_slices = USES[use]
+    is_low_rank, in_one_launch, has_groups = use == "x A^T", use.endswith("and A"), num_slices > 1
     blocks = choose_linear_blocks(family_of(arch), torch.bfloat16, num_tokens, num_in, num_out, is_low_rank=is_low_rank)
     signature = {name: "i32" for name in moe_decode_kernel.arg_names if name.startswith(("stride", "num_"))} | {
         "x": "*bf16", "weight": "*fp32" if is_low_rank else "*bf16", "scales": "*i32", "out": "*bf16", "offsets": "*i32",
-        "gather": "*i32", "bias": "*bf16", "low_rank": "*bf16", "lora_up": "*fp32", "lora_groups": "*i32", "rank": "i32",
+        "gather": "*i32", "bias": "*bf16", "low_rank": "*bf16", "lora_A": "*bf16",
+        "lora_up": "*bf16" if in_one_launch else "*fp32", "ready": "*i32", "lora_groups": "*i32", "rank": "i32",
         "slice_rank": "i32", "scale": "fp32", "alpha": "fp32", "limit": "fp32", "one": "fp32",
     }  # fmt: skip
     for name in ("num_experts", "stride_up_rank"):
         del signature[name]
-    rank_block = max(16, min(64, triton.next_power_of_2(rank)))
+    num_ranks = rank // num_slices
+    low = low_rank_steps(blocks, num_in, torch.bfloat16, is_packed=False) if in_one_launch else (0, 0)
+    rank_block = max(16, min(64, triton.next_power_of_2(num_ranks)))
     constexprs = {
         "num_experts": 1, "stride_up_rank": 1, "NUM_IN": num_in, "EXPERTS": 1, "ROWS": blocks.rows, "TOKENS": blocks.tokens,
         "MORE": 0, "INNER": blocks.inner, "TAIL": 0, "CHUNK": 32, "RANK": rank_block,
-        "RANK_STEPS": triton.cdiv(rank, rank_block),
+        "RANK_STEPS": triton.cdiv(num_ranks, rank_block),
         "IS_PACKED": False, "IS_ASM": False, "IN_CONTIGUOUS": True, "EVEN_IN": num_in % blocks.inner == 0,
         "EVEN_OUT": num_out % blocks.rows == 0, "HAS_OFFSETS": False, "HAS_GATHER": False, "HAS_BIAS": not is_low_rank,
-        "HAS_SCALE": is_low_rank, "HAS_LORA_GROUPS": has_groups, "HAS_SWIGLU": False, "OVERLAPS": False,
-        "MMA": "", "WAITS": 0,
+        "HAS_SCALE": is_low_rank, "HAS_LORA_GROUPS": has_groups, "HAS_SWIGLU": False, "IS_SLICED": has_groups,
+        "LOW_INNER": low[0], "LOW_STAGES": low[1], "SPINS": True,
+        "OVERLAPS": False, "MMA": "", "WAITS": 0,
     }  # fmt: skip
     divisible = tuple(name for name, kind in signature.items() if kind.startswith("*") or name.startswith("stride"))
     resources = compile_for(moe_decode_kernel, signature, constexprs, arch, num_warps=blocks.num_warps,
@@ -105,5 +119,7 @@ def test_bits_are_those_of_the_training_product(num_in, sizes, adapted, rank):
         if adapted:
             low_rank = grouped_gemm(t["x"], t["lora_A"].T[None], None, scale=SCALE)
             lora = {"low_rank": low_rank, "lora_up": t["lora_B"].T[None], "lora_groups": t.get("lora_groups")}
-        expected, y = grouped_gemm(t["x"], t["weight"].T[None], None, bias=t["bias"][None], **lora), decoded(t)
-        assert torch.equal(y, expected), f"{num_tokens} tokens: {(y != expected).float().mean():.2%} of the values differ"
+        expected = grouped_gemm(t["x"], t["weight"].T[None], None, bias=t["bias"][None], **lora)
+        for in_one_launch in (False, True) if adapted else (False,):
+            y = decoded(t, sizes, adapted, in_one_launch=in_one_launch)
+            assert torch.equal(y, expected), f"{num_tokens} tokens: {(y != expected).float().mean():.2%} of the values differ"

@@ -1,14 +1,20 @@
 """Copies of adapters that decode steps read. On a GPU with whole rollouts: test_grpo/test_gpu.py."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from paths import FIXTURES
 
+from kernels.device import Gpu, recording
+from kernels.head.advance import Rows
 from models.adapter_copies import AdapterCopies
-from models.decoder import Decoder, NewRow, PlainDraw
+from models.config import GptOssConfig
+from models.decoder import Decoder, KeyReading, NewRow, PlainDraw
 from models.formats.hugging_face import load_model
 from models.keys import PrefillChunk
 from models.lora import TARGETS, LoraConfig, attach_lora
+from models.rehearsal import Rehearsal, build
 
 
 def adapted(dtype: torch.dtype = torch.bfloat16):
@@ -69,6 +75,37 @@ def test_inside_the_with_the_model_has_rounded_adapters_side_by_side_as_before_a
             first, second = (getattr(projection, side) for projection in attention.qkv()[:2])
             assert second.data_ptr() == first.data_ptr() + first.nbytes
     assert len(expected) == len(model.model.layers) * 12
+
+
+def test_every_pass_starts_with_counters_of_zero_for_each_adapter_of_attention_and_experts():
+    model = adapted()
+    copies, layer = AdapterCopies(model), model.model.layers[1]
+    carriers = [*layer.self_attn.qkv(), layer.self_attn.o_proj, layer.mlp.experts]
+    for _ in range(2):
+        with copies.in_place():
+            found = [module.low_rank_ready for module in carriers]
+            assert [counter.tolist() for counter in found] == [[0, 0]] * 5 and layer.mlp.router.low_rank_ready is None
+            assert len({counter.data_ptr() for counter in found}) == 5
+            found[0] += 3  # as a launch does
+        assert all(module.low_rank_ready is None for module in carriers)
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_the_launches_of_products_compute_low_rank_rows_too(is_enabled):
+    """On a GPU: four products a layer, and no further launch for LoRA."""
+    config = GptOssConfig(vocab_size=256, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                          num_key_value_heads=2, head_dim=32, num_local_experts=4, num_experts_per_tok=2, sliding_window=16)
+    lora = LoraConfig(16, 32.0, ["q_proj", "o_proj", "experts"])
+    plan = Rehearsal(config=config, dtype=torch.bfloat16, experts="mxfp4", lora=lora, activation_checkpointing=False,
+                     max_rows=1, max_len=64, draws=[], filters=False, shares_prompts=False, scores=False)
+    launched = []
+    with recording(Gpu(90, 132), lambda kernel, arguments, constants: launched.append((kernel.fn.__name__, constants))):
+        model = build(plan)
+        decoder = Decoder(model, model.new_cache(2, 64), max_rows=1, stop_ids=[0], counts_prompts_apart=False)
+        with nullcontext() if is_enabled else model.adapter_disabled():
+            decoder._step(Rows(*decoder._table[:, :1]), PlainDraw(1.0, False), KeyReading(shares=False, longest=0))
+    products = [constants for name, constants in launched if name == "moe_decode_kernel"]
+    assert len(products) == 4 * 2 and all((constants["LOW_INNER"] > 0) == is_enabled for constants in products)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -11,8 +11,8 @@ from moe_problem import ALPHA, LIMIT, SCALE, composed, moe_decode, moe_forward, 
 
 import kernels.device
 from kernels.device import family_of, gpu_family
-from kernels.experts.few_rows import FOR_LOW_RANK, decode_projection, moe_decode_kernel
-from kernels.experts.few_tiles import _PACKED, DecodeBlocks, choose_decode_blocks, mma_of
+from kernels.experts.few_rows import FOR_ALL, FOR_LOW_RANK, decode_projection, moe_decode_kernel
+from kernels.experts.few_tiles import _PACKED, DecodeBlocks, choose_decode_blocks, low_rank_steps, mma_of
 from kernels.experts.sorting import make_routing
 from kernels.packed.fragments import ASM_FAMILIES, chunk_of, to_fragments_, unpacks_by_asm
 from kernels.packed.mxfp4 import dequantize
@@ -35,20 +35,29 @@ def operands(indices, packed, t, form, *, has_lora):
     return (t["x"], t["weights"], routing, *projections, t["residual"]), lora
 
 
-def relative_error(sizes, form, has_lora):
+def with_lora(lora, x, *, in_one_launch):
+    """Settings of moe_decode. In one launch, LoRA is in x's dtype."""
+    settings = {"lora": lora, "lora_scale": SCALE, "alpha": ALPHA, "limit": LIMIT}
+    if not in_one_launch:
+        return settings
+    ready = torch.zeros(2, dtype=torch.int32, device=x.device)
+    return settings | {"lora": [tensor.to(x.dtype) for tensor in lora], "ready": ready}
+
+
+def relative_error(sizes, form, has_lora, *, in_one_launch=False):
     indices, packed, tensors = problem(*sizes)
     expected = composed(indices, packed, tensors, has_lora=has_lora)
     arguments, lora = operands(indices, packed, {name: value.float() for name, value in tensors.items()}, form, has_lora=has_lora)
-    y = moe_decode(*arguments, lora=lora, lora_scale=SCALE, alpha=ALPHA, limit=LIMIT)
+    y = moe_decode(*arguments, **with_lora(lora, arguments[0], in_one_launch=in_one_launch))
     return ((y.double() - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("has_lora", [False, True])
-@pytest.mark.parametrize("sizes", [(1, 4, 2, 96, 64, 4), (7, 5, 3, 64, 96, 4), (75, 4, 2, 160, 48 * 2, 4)])
-def test_packed_experts(sizes, has_lora):
-    assert relative_error(sizes, "packed", has_lora) <= 3e-6
+@pytest.mark.parametrize("has_lora, in_one_launch", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("sizes", [(1, 4, 2, 96, 64, 4), (7, 5, 3, 64, 96, 4), (75, 4, 2, 160, 48 * 2, 20)])
+def test_packed_experts(sizes, has_lora, in_one_launch):
+    assert relative_error(sizes, "packed", has_lora, in_one_launch=in_one_launch) <= 3e-6
 
 
 @pytest.mark.interpreter
@@ -56,6 +65,7 @@ def test_packed_experts(sizes, has_lora):
 @pytest.mark.parametrize("form", ["dense", "dense by rows"])
 def test_dense_experts(form):
     assert relative_error((7, 5, 3, 64, 96, 4), form, True) <= 3e-6
+    assert relative_error((7, 5, 3, 64, 96, 4), form, True, in_one_launch=True) <= 3e-6
     assert relative_error((19, 4, 2, 96, 32, 4), form, False) <= 3e-6
 
 
@@ -70,14 +80,14 @@ def test_blocks_leave_a_last_step_that_is_a_power_of_two():
 
 
 def compile_decode(arch, *, num_rows, num_in=2880, num_out=5760, num_experts=32, rank=0, is_packed=True, is_asm=True,
-                   in_contiguous=True, weight_kind="bf16", flags=(), blocks=None, waits=None):
+                   in_contiguous=True, weight_kind="bf16", flags=(), blocks=None, waits=None, in_one_launch=False):
     blocks = blocks or choose_decode_blocks(family_of(arch), torch.bfloat16, num_rows, num_experts, num_in, num_out,
                                             is_packed=is_packed)
     signature = {name: "i32" for name in moe_decode_kernel.arg_names if name.startswith(("stride", "num_"))} | {
         "x": "*bf16", "weight": ("*i16" if is_asm else "*i32") if is_packed else f"*{weight_kind}", "scales": "*i32",
-        "out": "*bf16", "offsets": "*i32", "gather": "*i32", "bias": "*bf16", "low_rank": "*bf16", "lora_up": "*fp32",
-        "rank": "i32", "slice_rank": "i32", "lora_groups": "*i32", "scale": "fp32", "alpha": "fp32", "limit": "fp32",
-        "one": "fp32",
+        "out": "*bf16", "offsets": "*i32", "gather": "*i32", "bias": "*bf16", "low_rank": "*bf16", "lora_A": "*bf16",
+        "lora_up": "*bf16" if in_one_launch else "*fp32", "ready": "*i32", "rank": "i32", "slice_rank": "i32",
+        "lora_groups": "*i32", "scale": "fp32", "alpha": "fp32", "limit": "fp32", "one": "fp32",
     }  # fmt: skip
     rank_block = max(16, min(64, triton.next_power_of_2(rank)))
     constexprs = {
@@ -88,7 +98,8 @@ def compile_decode(arch, *, num_rows, num_in=2880, num_out=5760, num_experts=32,
         "IN_CONTIGUOUS": in_contiguous, "EVEN_IN": num_in % blocks.inner == 0, "EVEN_OUT": num_out % blocks.rows == 0,
     }  # fmt: skip
     constexprs |= {f"HAS_{flag}": flag in flags for flag in ("GATHER", "BIAS", "SCALE", "SWIGLU", "LORA_GROUPS")}
-    constexprs["HAS_OFFSETS"] = num_experts > 1
+    low = low_rank_steps(blocks, num_in, torch.bfloat16, is_packed=is_packed) if in_one_launch else (0, 0)
+    constexprs |= {"HAS_OFFSETS": num_experts > 1, "IS_SLICED": False, "LOW_INNER": low[0], "LOW_STAGES": low[1], "SPINS": True}
     constexprs |= {"MMA": mma_of(family_of(arch), torch.bfloat16, blocks), "OVERLAPS": waits is not None, "WAITS": waits or 0}
     del signature["stride_up_rank"]
     constexprs["stride_up_rank"] = 1
@@ -114,6 +125,9 @@ USES = {
     "gate_up after the sort": GATE_UP | dict(num_rows=4, waits=0),
     "gate_up beside LoRA A": GATE_UP | dict(num_rows=4, rank=16, waits=2),
     "down after gate_up": DOWN | dict(num_rows=128, waits=1),
+    "gate_up of 1 token and LoRA A": GATE_UP | dict(num_rows=4, rank=16, waits=0, in_one_launch=True),
+    "gate_up of 512 tokens and LoRA A": GATE_UP | dict(num_rows=2048, rank=16, in_one_launch=True),
+    "down of 32 tokens and LoRA A": DOWN | dict(num_rows=128, rank=64, waits=1, in_one_launch=True),
     "LoRA A after gate_up": dict(num_rows=4, num_out=16, is_packed=False, weight_kind="fp32", flags=("SCALE",), waits=1),
     "LoRA A of rank 16": dict(num_rows=128, num_out=16, is_packed=False, weight_kind="fp32", flags=("GATHER", "SCALE")),
     "LoRA A of rank 64, 1 token": dict(num_rows=4, num_out=64, is_packed=False, weight_kind="fp32", flags=("SCALE",)),
@@ -143,8 +157,10 @@ def test_code_for_an_older_gpu_is_assembled_for_this_one(monkeypatch):
 
 @pytest.mark.parametrize("rows_of_expert", [most for most, *_ in _PACKED["hopper"].blocks])
 @pytest.mark.parametrize("use", [GATE_UP, DOWN], ids=["gate_up", "down"])
-def test_every_tile_of_hopper_fits_with_lora(use, rows_of_expert):
-    check_fits(compile_decode(90, **use, num_rows=int(32 * rows_of_expert), rank=16, waits=FOR_LOW_RANK), 90)
+@pytest.mark.parametrize("in_one_launch", [False, True])
+def test_every_tile_of_hopper_fits_with_lora(use, rows_of_expert, in_one_launch):
+    waits, num_rows = FOR_ALL if in_one_launch else FOR_LOW_RANK, int(32 * rows_of_expert)
+    check_fits(compile_decode(90, **use, num_rows=num_rows, rank=16, waits=waits, in_one_launch=in_one_launch), 90)
 
 
 @pytest.mark.parametrize("use", ["gate_up of 1 token", "gate_up of 256 tokens", "gate_up of 512 tokens", "down of 512 tokens",
@@ -258,8 +274,9 @@ def test_decode_equals_the_training_forward_bit_for_bit(num_tokens, has_lora, fo
     x, weights, routing, *_, residual = arguments
     dense = (Dense(dequantize(*pair, x.dtype).transpose(1, 2), t[bias]) for pair, bias in zip(packed, ("b1", "b2")))
     expected, _ = moe_forward(x, weights, routing, *dense, residual, scratch_bytes=0, keeps_h=False, **settings)
-    y = moe_decode(*arguments, **settings)
-    assert torch.equal(y, expected), f"{(y != expected).float().mean():.2%} of the values differ"
+    for in_one_launch in (False, True) if has_lora else (False,):
+        y = moe_decode(*arguments, **with_lora(lora, x, in_one_launch=in_one_launch))
+        assert torch.equal(y, expected), f"{(y != expected).float().mean():.2%} of the values differ"
 
 
 @pytest.mark.gpu
@@ -285,7 +302,8 @@ def test_overlapping_launches_change_no_bit(num_tokens, has_lora, monkeypatch):
     ys = []
     for families in ((), (gpu_family(t["x"]),)):
         monkeypatch.setattr(kernels.device, "OVERLAP_FAMILIES", families)
-        ys += [moe_decode(*arguments, lora=lora, lora_scale=SCALE, alpha=ALPHA, limit=LIMIT) for _ in range(20)]
+        for in_one_launch in (False, True) if has_lora else (False,):
+            ys += [moe_decode(*arguments, **with_lora(lora, arguments[0], in_one_launch=in_one_launch)) for _ in range(20)]
     assert all(torch.equal(y, ys[0]) for y in ys)
 
 
