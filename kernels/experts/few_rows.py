@@ -483,22 +483,6 @@ def low_rank_rows(x: torch.Tensor, lora_A: torch.Tensor, offsets: torch.Tensor |
     return decode_projection(x, projection, offsets, gather=gather, scale=scale, waits=waits, num_parts=num_parts, blocks=blocks)
 
 
-def _adapted_projection(x: torch.Tensor, projection: Projection, offsets: torch.Tensor, lora: tuple[torch.Tensor, ...],
-                        ready: torch.Tensor | None, *, lora_scale: float, waits: int, gather: torch.Tensor | None = None,
-                        swiglu: tuple[float, float] | None = None, num_parts: int,
-                        out: torch.Tensor | None = None) -> torch.Tensor:
-    """decode_projection with lora, A [E, r, K] and B [E, N, r] or nothing: with `ready` in one launch, else in two."""
-    options = {"gather": gather, "swiglu": swiglu, "num_parts": num_parts, "out": out}
-    if not lora:
-        return decode_projection(x, projection, offsets, waits=waits, **options)
-    lora_A, lora_up = lora[0], lora[1].transpose(1, 2)
-    if ready is not None:
-        return decode_projection(x, projection, offsets, lora_A=lora_A, lora_up=lora_up, ready=ready, scale=lora_scale,
-                                 waits=waits, **options)
-    low_rank = low_rank_rows(x, lora_A, offsets, scale=lora_scale, gather=gather, waits=waits, num_parts=num_parts)
-    return decode_projection(x, projection, offsets, low_rank=low_rank, lora_up=lora_up, waits=FOR_LOW_RANK, **options)
-
-
 def few_rows_forward(x: torch.Tensor, routing: Routing, gate_up: Projection, down: Projection, *,
                      lora: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None, lora_scale: float, alpha: float,
                      limit: float, ready: torch.Tensor | None = None) -> torch.Tensor:
@@ -510,8 +494,17 @@ def few_rows_forward(x: torch.Tensor, routing: Routing, gate_up: Projection, dow
     x's dtype, and x A^T computed in W's launch."""
     offsets, tokens, num_parts = routing.offsets_device, routing.tokens, routing.num_parts
     rows = routing.new_rows(x, down.bias.shape[1])  # first: zeroing is a launch that does not overlap
-    lora, options = lora or (), {"lora_scale": lora_scale, "num_parts": num_parts}
-    counters = (None, None) if ready is None else (ready[:1], ready[1:])
-    act = _adapted_projection(x, gate_up, offsets, lora[:2], counters[0], gather=tokens, swiglu=(alpha, limit), waits=FOR_ALL,
-                              **options)  # FOR_ALL: the launch before is the sort
-    return _adapted_projection(act, down, offsets, lora[2:], counters[1], waits=FOR_X, out=rows, **options)
+    products = ((gate_up, FOR_ALL, {"gather": tokens, "swiglu": (alpha, limit)}),  # the launch before is the sort
+                (down, FOR_X, {"gather": None, "out": rows}))
+    for number, (projection, waits, options) in enumerate(products):
+        if lora is not None:
+            lora_A, lora_B = lora[2 * number:2 * number + 2]
+            options["lora_up"] = lora_B.transpose(1, 2)
+        if lora is not None and ready is not None:
+            options |= {"lora_A": lora_A, "scale": lora_scale, "ready": ready[number:number + 1]}
+        elif lora is not None:
+            options["low_rank"] = low_rank_rows(x, lora_A, offsets, scale=lora_scale, gather=options["gather"], waits=waits,
+                                                num_parts=num_parts)
+            waits = FOR_LOW_RANK
+        x = decode_projection(x, projection, offsets, waits=waits, num_parts=num_parts, **options)
+    return x
