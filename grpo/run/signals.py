@@ -21,8 +21,8 @@ class GracefulStop:
     Called, it says whether a stop was asked for: `stop()` is what a loop polls between steps and micro-batches, and a
     sampler takes as `should_stop`. The first signal prints what happens next and `resume_hint` (a command line); the
     second leaves with code 128 + signal number without saving: what was saved before stands. A terminal that closes may send
-    SIGHUP several times, which counts as once; under nohup, which ignores it, it stays ignored. Main thread only, as Python
-    requires."""
+    SIGHUP several times, which counts as once; under nohup, which ignores it, it stays ignored. In a thread other than the
+    main one nothing is handled: Python sets handlers in the main thread only, and what a signal does is that thread's to say."""
 
     def __init__(self, resume_hint: str, *, keeps: str = "saves", is_silent: bool = False) -> None:
         """keeps: what happens at the next safe moment. is_silent: another process says what happens next."""
@@ -35,6 +35,8 @@ class GracefulStop:
         return self.signal_name is not None
 
     def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            return self
         for number in SIGNALS:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue

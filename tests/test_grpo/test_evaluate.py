@@ -6,6 +6,7 @@ import json
 import math
 import re
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -267,6 +268,13 @@ def test_nothing_is_kept_of_an_evaluation_without_a_finished_prompt(run_dir, tmp
     words = [f"run={run_dir}", "num_samples=0", "max_prompts=2", "max_new_tokens=99", f"output={tmp_path / 'result.json'}"]
     assert run_evaluation(load_config("evaluate", words)) == 75
     assert "SIGTERM: 0 of 2 prompts were finished; the same" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_program_may_evaluate_in_a_thread(run_dir, tmp_path):
+    words = [f"run={run_dir}", "num_samples=0", "max_prompts=2", "max_new_tokens=2", f"output={tmp_path / 'result.json'}"]
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(run_evaluation, load_config("evaluate", words)).result() == 0
+    assert json.loads((tmp_path / "result.json").read_text())["num_prompts"] == 2
 
 
 def test_the_environment_may_be_another_than_the_run_s(run_dir, capsys):

@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from child_process import run_python
 from paths import ROOT
 
-from grpo.run.signals import GracefulStop
+from grpo.run.signals import SIGNALS, GracefulStop
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -57,6 +58,20 @@ def test_a_hangup_counts_once_however_often_it_comes_and_stays_ignored_under_noh
             assert not stop() and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_in_another_thread_signals_are_left_to_the_main_one():
+    before, stopped = [signal.getsignal(number) for number in SIGNALS], []
+
+    def work():
+        with GracefulStop("python -m x resume=true") as stop:
+            assert [signal.getsignal(number) for number in SIGNALS] == before
+            stopped.append(stop())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert stopped == [False] and [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_what_a_signal_says_never_lands_in_a_file_that_got_the_number_of_a_closed_stream(tmp_path):
