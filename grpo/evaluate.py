@@ -3,8 +3,8 @@
     python -m grpo.evaluate run=runs/NAME [step=N] [num_samples=8]
     python -m grpo.evaluate +model=gpt_oss_20b model.path=FOLDER +env=dataset env.path=FILE.jsonl
 
-Under torchrun each process samples and scores some of the prompts; the result is that of one process. Stopped by a signal, one
-process prints the results of the prompts that were finished, and writes them to OUTPUT.partial.
+Under torchrun each process samples and scores some of the prompts; the result is that of one process. Stopped by a signal, it
+prints the results of the prompts that were finished, and writes them to OUTPUT.partial.
 
 pass@k is the unbiased estimate 1 - C(n - c, k) / C(n, k) for c correct of n samples (arXiv 2107.03374, eq. 1), averaged over
 prompts. Intervals are over prompts, since samples of one prompt are not independent. All evaluations of a run draw with the
@@ -87,8 +87,8 @@ def evaluate(env: Environment, sampler: Sampler, prompts: list[Prompt], params: 
         generate = partial(make(sampler, turns), params=params, step=EVAL_STEP, num_samples=count, should_stop=should_stop,
                            progress=count_all)
         completions = own_completions(ranks, sampler, generate, prompts)
-        if keeps_finished and not (completions := of_whole_prompts(completions, count)):
-            return []
+        if keeps_finished:
+            completions = of_whole_prompts(completions, count)
         return all_scored(ranks, env, prompts, completions)
 
     if greedy and (found := sample(replace(params, greedy=True), 1)):
@@ -201,15 +201,19 @@ def run_shared(config: EvaluateConfig | GenerateConfig, work: Callable[[Any, Ran
                                                                   failure.message))
 
 
-def join_sampler(ranks: Ranks | None, sampler: Sampler, activity: str) -> tuple[Callable | None, Callable | None]:
-    """(should_stop, progress) for a sampler that works for these ranks: it stops where another rank has failed, and rank 0 alone
-    shows progress and warnings."""
-    if ranks is None:
-        return None, show_progress(activity)
-    ranks.show = note if leads(ranks) else None
+def join_sampler(ranks: Ranks | None, sampler: Sampler, activity: str) -> Callable[[int, int], None] | None:
+    """The progress of a sampler that works for these ranks, of which rank 0 alone shows it and warnings."""
+    if ranks is not None:
+        ranks.show = note if leads(ranks) else None
     if not leads(ranks):
         sampler.warn = ranks.notes.append
-    return ranks.watch(lambda: False), show_progress(activity) if leads(ranks) else None
+        return None
+    return show_progress(activity)
+
+
+def stop_signal(stop: GracefulStop) -> str:
+    """The signal that ended the work of this process, or of all ranks."""
+    return stop.signal_name or "a signal to another rank"
 
 
 def report_of(config: EvaluateConfig, ranks: Ranks | None) -> str:
@@ -222,7 +226,7 @@ def report_of(config: EvaluateConfig, ranks: Ranks | None) -> str:
 def measure(config: EvaluateConfig, ranks: Ranks | None) -> dict[str, object]:
     """What was evaluated, on how many prompts, and the metrics."""
     loaded = load_policy(config, config.env, max_batch=config.max_batch)
-    should_stop, progress = join_sampler(ranks, loaded.sampler, "evaluating")
+    progress = join_sampler(ranks, loaded.sampler, "evaluating")
     trained = loaded.trained
     env_settings = config.env or trained.env
     keep_inputs(config.output, files_of_env(env_settings))
@@ -235,28 +239,27 @@ def measure(config: EvaluateConfig, ranks: Ranks | None) -> dict[str, object]:
     params, turns = SamplingParams.of(config), Turns.of(env, loaded.tokenizer, config.turns)
     run = partial(evaluate, env, loaded.sampler, prompts, params, num_samples=config.num_samples, greedy=config.greedy,
                   progress=progress, turns=turns, ranks=ranks)
-    if ranks is not None:
-        metrics, _ = run(should_stop=should_stop)
-        return {**what, "num_prompts": len(prompts), **metrics}
-    with GracefulStop("the same command, which starts again", keeps="keeps the results of finished prompts and ends") as stop:
-        metrics, scored = run(should_stop=stop, keeps_finished=True)
+    with GracefulStop("the same command, which starts again", keeps="keeps the results of finished prompts and ends",
+                      is_silent=not leads(ranks)) as stop:
+        metrics, scored = run(should_stop=stop if ranks is None else ranks.watch(stop), keeps_finished=True)
     result = {**what, "num_prompts": len(prompts), **metrics}
     if len(scored) < len(prompts) * (config.greedy + config.num_samples):
-        raise unfinished(stop, result, scored, config)
+        raise unfinished(stop, result, scored, config, prints=leads(ranks))
     return result
 
 
 def unfinished(stop: GracefulStop, result: dict[str, object], scored: list[tuple[Completion, Score]],
-               config: EvaluateConfig) -> Unfinished:
-    """The end of an evaluation that a signal stopped. Prints the results of the prompts that were finished."""
+               config: EvaluateConfig, *, prints: bool) -> Unfinished:
+    """The end of an evaluation that a signal stopped. prints: the results of the prompts that were finished."""
     counts = Counter(completion.prompt.id for completion, _ in scored)
     num_whole = sum(count == config.greedy + config.num_samples for count in counts.values())
-    done = f"{stop.signal_name}: {num_whole} of {result['num_prompts']} prompts were finished"
+    done = f"{stop_signal(stop)}: {num_whole} of {result['num_prompts']} prompts were finished"
     done += f", {len(counts)} of them greedily" * (config.greedy and config.num_samples > 0)
     text = ""
     if scored:
         result = {"partial": f"{done}; short completions finish first, so these numbers are not those of all", **result}
-        print(clean(results_table(result), sys.stdout.encoding), flush=True)
+        if prints:
+            print(clean(results_table(result), sys.stdout.encoding), flush=True)
         text = json.dumps(result, indent=2) + "\n"
     return Unfinished(f"{done}; the same command starts again, with max_prompts=N for fewer prompts", text)
 

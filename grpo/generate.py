@@ -5,7 +5,8 @@
     python -m grpo.generate run=runs/NAME prompts=FILE.jsonl output=ANSWERS.jsonl [num_samples=4]
 
 The last answers many prompts together, each of which stands alone; under torchrun each process answers some of them, and the file
-is that of one process. Stopped by a signal, one process keeps the finished answers in OUTPUT.partial; the same command goes on.
+is that of one process. Stopped by a signal, it keeps the finished answers in OUTPUT.partial; the same command goes on, with
+any number of processes.
 
 With an environment that has tools, an answer appears when it is complete, its calls and their results in it.
 
@@ -48,12 +49,12 @@ from grpo.environment import encode_question, make_environment
 from grpo.envs.data_files import DataError
 from grpo.envs.data_sources import read_rows
 from grpo.envs.rows import PROMPT_NAMES
-from grpo.evaluate import Unfinished, join_sampler, run_shared
+from grpo.evaluate import Unfinished, join_sampler, run_shared, stop_signal
 from grpo.record.outputs import keep_inputs, part_of
 from grpo.record.terminal import clean, flush_standard_streams, print_error
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
-from grpo.rollout.turns import Turns, generator, until_stopped
+from grpo.rollout.turns import Turns, until_stopped
 from grpo.run.checkpoint import MANIFEST, checkpoints_of
 from grpo.run.failures import describe_failure
 from grpo.run.identity import digest_base, digest_file
@@ -273,41 +274,40 @@ def answers_to_file(config: GenerateConfig, ranks: Ranks | None) -> str:
     if not rows:
         raise DataError(f"{config.prompts}: holds no rows; prompts needs at least one")
     conversation = load_conversation(config, is_silent=not leads(ranks))
-    sampler = conversation.sampler
     asked = list(read_questions(rows, takes_messages=conversation.encode_prompt is None))
     prompts = [Prompt(number, encode_row(conversation, place, question), {}) for number, (place, question) in enumerate(asked)]
-    should_stop, progress = join_sampler(ranks, sampler, "answering")
-    settings = {"params": conversation.params, "step": GENERATE_STEP, "num_samples": config.num_samples, "progress": progress}
-    if ranks is None:
-        return "".join(map(json_line, answers_until_stopped(conversation, prompts, asked, settings)))
-    generate = functools.partial(generator(sampler, conversation.turns), should_stop=should_stop, **settings)
-    answers = [answer_record(conversation.tokenizer, asked[completion.prompt.id][1], completion)
-               for completion in own_completions(ranks, sampler, generate, prompts)]
-    answers = [answer for part in ranks.exchange("the answers", answers) for answer in part]
-    answers.sort(key=lambda answer: (answer["row"], answer["sample"]))
-    return "".join(map(json_line, answers))
+    return "".join(map(json_line, answers_until_stopped(conversation, prompts, asked, ranks)))
 
 
 def answers_until_stopped(conversation: Conversation, prompts: list[Prompt], asked: list[tuple[str, str | list[dict]]],
-                          settings: dict) -> list[dict]:
+                          ranks: Ranks | None) -> list[dict]:
     """The answers to all prompts, by row, then sample. Those that a command of the same kind left when a signal stopped it are
     taken over. Raises Unfinished, with all that are finished, when a signal comes."""
-    config, num_samples = conversation.config, conversation.config.num_samples
-    same = fingerprint(conversation, prompts)
-    earlier = read_part(part_of(Path(config.output).expanduser()), same, num_samples=num_samples)
+    config, sampler, num_samples = conversation.config, conversation.sampler, conversation.config.num_samples
+    progress, same, earlier = join_sampler(ranks, sampler, "answering"), None, {}
+    if leads(ranks):
+        same = fingerprint(conversation, prompts)
+        earlier = read_part(part_of(Path(config.output).expanduser()), same, num_samples=num_samples)
+    if ranks is not None:
+        earlier = ranks.exchange("the answers of a stopped command", earlier)[0]
     left = [prompt for prompt in prompts if prompt.id not in earlier]
-    if earlier:
+    if earlier and leads(ranks):
         note(f"{len(earlier)} of {len(prompts)} rows were answered before the command was stopped; it goes on with the others")
-    with GracefulStop("the same command", keeps="keeps the finished answers and ends") as stop:
-        completions = until_stopped(conversation.sampler, conversation.turns)(left, should_stop=stop, **settings) if left else []
-        answers = [answer for of_row in earlier.values() for answer in of_row]  # a signal in here ends nothing: all are kept
-        answers += [answer_record(conversation.tokenizer, asked[completion.prompt.id][1], completion)
-                    for completion in completions]
+    with GracefulStop("the same command", keeps="keeps the finished answers and ends", is_silent=not leads(ranks)) as stop:
+        generate = functools.partial(
+            until_stopped(sampler, conversation.turns), params=conversation.params, step=GENERATE_STEP, num_samples=num_samples,
+            should_stop=stop if ranks is None else ranks.watch(stop), progress=progress)
+        completions = own_completions(ranks, sampler, generate, left) if left else []
+        answers = [answer_record(conversation.tokenizer, asked[completion.prompt.id][1], completion)
+                   for completion in completions]  # a signal in here ends nothing: all are kept
+        if ranks is not None:
+            answers = [answer for part in ranks.exchange("the answers", answers) for answer in part]
+    answers += [answer for of_row in earlier.values() for answer in of_row]
     answers.sort(key=lambda answer: (answer["row"], answer["sample"]))
-    if len(completions) < len(left) * num_samples:
+    if len(answers) < len(prompts) * num_samples:
         head = {"partial": f"{len(answers)} of {len(prompts) * num_samples} answers", "of": same}
-        raise Unfinished(f"{stop.signal_name}: {head['partial']} were finished; the same command goes on with the rows that lack "
-                         "some", "".join(map(json_line, [head, *answers] if answers else [])))
+        raise Unfinished(f"{stop_signal(stop)}: {head['partial']} were finished; the same command goes on with the rows that "
+                         "lack some", "".join(map(json_line, [head, *answers] if answers else [])))
     return answers
 
 

@@ -28,7 +28,7 @@ def all_scored(ranks: Ranks | None, env: Environment, prompts: list[Prompt],
     """Scores this rank's completions. Returns those of all ranks with their scores, by prompt, then sample. Raises
     EnvironmentFault if the ranks do not have the same prompts."""
     if ranks is None:
-        return list(zip(completions, checked_scores(env, completions)))
+        return list(zip(completions, checked_scores(env, completions))) if completions else []
     # ranks that share experts have the same completions: each scores some prompts'
     own = {prompt.id for place, prompt in enumerate(prompts) if place // ranks.num_parts % ranks.num_sharers == ranks.sharer}
     completions = [completion for completion in completions if completion.prompt.id in own]

@@ -247,7 +247,7 @@ def test_a_signal_leaves_the_results_of_the_prompts_that_were_finished_marked_as
             monkeypatch.undo()
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("grpo.evaluate.join_sampler", lambda *_: (None, progress))
+    monkeypatch.setattr("grpo.evaluate.join_sampler", lambda *_: progress)
     output, part = tmp_path / "result.json", tmp_path / "result.json.partial"
     words = [f"run={run_dir}", "num_samples=2", "max_prompts=4", "max_new_tokens=6", "max_batch=1", f"output={output}"]
     assert run_evaluation(load_config("evaluate", words)) == 75
@@ -263,7 +263,7 @@ def test_a_signal_leaves_the_results_of_the_prompts_that_were_finished_marked_as
 
 
 def test_nothing_is_kept_of_an_evaluation_without_a_finished_prompt(run_dir, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("grpo.evaluate.join_sampler", lambda *_: (None, lambda *_: signal.raise_signal(signal.SIGTERM)))
+    monkeypatch.setattr("grpo.evaluate.join_sampler", lambda *_: lambda *_: signal.raise_signal(signal.SIGTERM))
     monkeypatch.setattr("grpo.run.signals.GracefulStop._handle", lambda self, number, _: setattr(self, "signal_name", "SIGTERM"))
     words = [f"run={run_dir}", "num_samples=0", "max_prompts=2", "max_new_tokens=99", f"output={tmp_path / 'result.json'}"]
     assert run_evaluation(load_config("evaluate", words)) == 75

@@ -393,7 +393,7 @@ def stop_after(monkeypatch, count: int, number: signal.Signals) -> None:
             monkeypatch.undo()  # once
             signal.raise_signal(number)
 
-    monkeypatch.setattr("grpo.generate.join_sampler", lambda *_: (None, progress))
+    monkeypatch.setattr("grpo.generate.join_sampler", lambda *_: progress)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

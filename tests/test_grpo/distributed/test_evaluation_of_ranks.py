@@ -9,6 +9,9 @@ from started_ranks import at_call, run_ranks
 
 EVALUATION = ("+model=tiny", "+env=carry", "env._target_=spread.Spread", "max_prompts=5", "num_samples=2", "max_new_tokens=6",
               "distributed.timeout=60")
+ANSWERS = ("+model=gpt_oss_20b", f"model.path={FIXTURES / 'tiny_mxfp4'}", f"model.tokenizer={FIXTURES / 'tokenizer_brief'}",
+           "max_new_tokens=6", "num_samples=2", "distributed.timeout=60")
+STOP = "os.kill(os.getpid(), signal.SIGTERM)"
 
 
 @pytest.fixture
@@ -50,14 +53,60 @@ def test_an_output_that_only_rank_0_cannot_write_ends_all(evaluate, tmp_path):
 
 def test_answers_to_the_prompts_of_a_file_are_those_of_one_process(entry_points, tmp_path):
     (tmp_path / "asked.csv").write_text("question\n1+2\n30+41\n5+5\n")
-    words = ("+model=gpt_oss_20b", f"model.path={FIXTURES / 'tiny_mxfp4'}", f"model.tokenizer={FIXTURES / 'tokenizer_brief'}",
-             f"prompts={tmp_path / 'asked.csv'}", "max_new_tokens=6", "num_samples=2", "distributed.timeout=60")
+    words = (*ANSWERS, f"prompts={tmp_path / 'asked.csv'}")
     alone = entry_points.run("grpo.generate", *words, f"output={tmp_path / 'alone.jsonl'}")
     assert alone.code == 0, alone.err
     ended = run_ranks(entry_points, "grpo.generate", 2, *words, f"output={tmp_path / 'shared.jsonl'}")
     assert ended.codes == [0, 0], ended.errors
     assert (tmp_path / "shared.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
     assert len((tmp_path / "alone.jsonl").read_text().splitlines()) == 6 and ended.out == ["", ""]
+
+
+def stop_at(folder, calls: tuple[int, int], *, stopped: tuple[int, ...]) -> dict[int, str]:
+    """What two ranks run first: each waits at a model call of its own until the other is at its; then `stopped` get SIGTERM."""
+    def action(rank):
+        own, other = str(folder / f"at_{rank}"), str(folder / f"at_{1 - rank}")
+        meet = f"open({own!r}, 'w').close(); any(os.path.exists({other!r}) or time.sleep(0.01) for _ in iter(int, 1))"
+        return f"{meet}; {STOP}" if rank in stopped else meet
+
+    return {rank: at_call("grpo.rollout.session.Session.poll", calls[rank], action(rank)) for rank in range(2)}
+
+
+@pytest.mark.parametrize("stopped, name", [((0, 1), "SIGTERM"), ((1,), "a signal to another rank")])  # torchrun sends it to all
+def test_answers_that_are_finished_when_a_signal_comes_are_kept_and_one_process_goes_on(entry_points, tmp_path, stopped, name):
+    (tmp_path / "asked.csv").write_text("question\n" + "".join(f"{number}+2\n" for number in range(10)))
+    whole, output, part = (tmp_path / name for name in ("whole.jsonl", "answers.jsonl", "answers.jsonl.partial"))
+    words = (*ANSWERS, f"prompts={tmp_path / 'asked.csv'}")
+    assert entry_points.run("grpo.generate", *words, f"output={whole}").code == 0
+    lines = whole.read_text().splitlines()
+
+    # a prompt takes six calls: rank 0 has finished two of its five, and rank 1 three
+    ended = run_ranks(entry_points, "grpo.generate", 2, *words, f"output={output}",
+                      before=stop_at(tmp_path, (14, 20), stopped=stopped))
+    assert ended.codes == [75, 75], ended.errors
+    head, *kept = part.read_text().splitlines()
+    assert json.loads(head)["partial"] == f"{len(kept)} of 20 answers" and not output.exists()
+    assert ended.message.startswith(f"stopped: {name}: {len(kept)} of 20 answers were finished") and str(part) in ended.message
+    assert kept == [line for line in lines if line in kept]
+    assert {json.loads(line)["row"] for line in kept} >= {0, 2, 1, 3, 5}
+
+    again = entry_points.run("grpo.generate", *words, f"output={output}")
+    assert again.code == 0 and "of 10 rows were answered before" in again.err
+    assert output.read_bytes() == whole.read_bytes() and not part.exists()
+
+
+@pytest.mark.parametrize("calls, num_whole, found", [
+    ((10, 3), 0, {"greedy_accuracy"}), ((20, 20), 1, {"greedy_accuracy", "avg@2"})])
+def test_results_of_prompts_that_are_finished_when_a_signal_comes_are_kept(evaluate, tmp_path, calls, num_whole, found):
+    output, part = tmp_path / "result.json", tmp_path / "result.json.partial"
+    # six calls for each of rank 0's three prompts and rank 1's two: the first time rank 1 has finished none
+    ended = evaluate(2, f"output={output}", before=stop_at(tmp_path, calls, stopped=(1,)))
+    assert ended.codes == [75, 75], ended.errors
+    result = json.loads(part.read_text())
+    counts = re.match(r"a signal to another rank: (\d) of 5 prompts were finished, (\d) of them greedily;", result["partial"])
+    assert int(counts[1]) >= num_whole and int(counts[2]) >= 1 and not output.exists()
+    assert {name for name in result if name in ("greedy_accuracy", "avg@2")} == found
+    assert ended.out[0].startswith("partial ") and ended.out[1] == "" and str(part) in ended.message
 
 
 @pytest.mark.parametrize("program, words", [
