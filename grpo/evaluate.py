@@ -42,9 +42,8 @@ from grpo.record.outputs import (
     files_of_env,
     keep_inputs,
     keep_part,
-    remove_part,
+    save_output,
     writable_file,
-    write_output,
 )
 from grpo.record.summary import is_interval
 from grpo.record.terminal import clean, print_error, with_interval
@@ -188,10 +187,13 @@ def run_shared(config: EvaluateConfig | GenerateConfig, work: Callable[[Any, Ran
         try:
             text = work(config, ranks)
         except Unfinished as stop:
-            raise Interrupted(f"{stop}{keep_part(output, stop.text)}") from None
+            try:
+                kept = keep_part(output, stop.text)
+            except OSError as error:
+                raise OSError(f"{stop}; {error}") from None
+            raise Interrupted(f"{stop}{kept}") from None
         if output is not None:
-            write_output(output, text)
-            remove_part(output)
+            save_output(output, text)
     except Exception as error:
         failure = describe_failure(error, log=None, config=config)
         if failure.reason == "failed" and not isinstance(error, RankFault):

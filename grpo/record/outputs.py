@@ -1,8 +1,10 @@
 """Files that a command writes where its user says: never over a run's own files or what the command reads, and whole or not at
 all."""
 
+import contextlib
 import glob
 import os
+import tempfile
 from collections.abc import Collection
 from fnmatch import fnmatch
 from pathlib import Path
@@ -75,6 +77,10 @@ def writable_file(name: str) -> Path:
             path.open("ab").close()
         if is_new:
             path.unlink()
+        if is_new or path.is_file():  # the longest name of a file that is made on the way
+            longest = part.with_name(f"{part.name}.tmp")
+            longest.open("ab").close()
+            longest.unlink()
     except OSError as error:
         raise ConfigError(f"output = {name!r}: cannot be written ({error.strerror}); give a file in a folder that exists and "
                           "that you may write to") from error
@@ -97,18 +103,44 @@ def part_of(output: Path) -> Path:
 
 
 def keep_part(output: Path | None, text: str) -> str:
-    """Writes what there is of an output, which says so near its start, beside the output. Returns words about it."""
+    """Writes what there is of an output, which says so near its start, beside the output. Returns words about it. Raises OSError
+    as save_output() does."""
     if output is None or not text or (output.exists() and not output.is_file()):
         return ""
-    write_output(part_of(output), text)
+    _write_or_keep_elsewhere(part_of(output), text)
     return f"; what is finished is in {shown(part_of(output))}, and {shown(output)} is not written"
 
 
-def remove_part(output: Path) -> None:
-    """Deletes what an interrupted command left of `output`, which is complete now."""
+def save_output(output: Path, text: str) -> None:
+    """Writes an output that is complete, and deletes what an interrupted command left of it. Where it cannot be written, as on a
+    full disk, the files there stay and the text is kept among temporary files, which may lie on another disk; then it raises
+    OSError, which says what to do."""
+    _write_or_keep_elsewhere(output, text)
     part = part_of(output)
     if _is_part(part):
         part.unlink()
+
+
+def _write_or_keep_elsewhere(path: Path, text: str) -> None:
+    try:
+        write_output(path, text)
+    except OSError as error:
+        stays = ", and what is there stays" if path.is_file() else ""
+        raise OSError(f"{shown(path)} cannot be written ({error.strerror}){stays}; {_keep_elsewhere(path, text)}") from error
+
+
+def _keep_elsewhere(path: Path, text: str) -> str:
+    """Writes what `path` cannot take into a new folder for temporary files. Returns words about it."""
+    folder = None
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="unsaved-"))
+        write_output(folder / path.name, text)
+    except OSError:
+        if folder is not None:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        return "nor can temporary files, so what this command has finished is lost: make room, and start it again"
+    return f"what is finished is in {folder / path.name}: make room, and move it to {shown(path)}"
 
 
 def _is_part(path: Path) -> bool:

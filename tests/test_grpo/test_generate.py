@@ -13,6 +13,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -420,6 +421,26 @@ def test_answers_that_are_finished_when_a_signal_comes_are_kept_and_the_same_com
     assert run_generation(load_config("generate", [*words, f"output={output}"])) == 0
     assert "1 of 3 rows were answered before" in capsys.readouterr().err
     assert output.read_text() == whole.read_text() and not part.exists()
+
+
+def test_a_disk_that_is_full_when_a_signal_comes_leaves_what_was_kept_before(carry_run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "asked.jsonl").write_text("".join(f'{{"question": "{number}+2"}}\n' for number in range(10, 14)))
+    output, part = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.partial"
+    words = [f"run={carry_run}", "max_new_tokens=9", f"prompts={tmp_path / 'asked.jsonl'}", "max_batch=1", f"output={output}"]
+    stop_after(monkeypatch, 2, signal.SIGINT)
+    assert run_generation(load_config("generate", words)) == 75
+    before = part.read_text()
+
+    stop_after(monkeypatch, 1, signal.SIGINT)
+    with pytest.MonkeyPatch.context() as disk:
+        disk.setattr(Path, "write_bytes", Mock(side_effect=OSError(28, "No space left on device")))
+        assert run_generation(load_config("generate", words)) == 1
+    assert part.read_text() == before and not output.exists()
+    assert re.search(rf"^error: SIGINT: 3 of 4 answers were finished;.*; {part} cannot be written \(No space left on device\), "
+                     "and what is there stays; .*: make room, and start it again$", capsys.readouterr().err, re.MULTILINE)
+
+    assert run_generation(load_config("generate", words)) == 0
+    assert "2 of 4 rows were answered before" in capsys.readouterr().err and output.read_text().count("\n") == 4
 
 
 def test_stopped_answers_know_weights_in_a_folder_of_their_own(tmp_path):

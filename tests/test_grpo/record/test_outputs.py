@@ -1,4 +1,7 @@
 import json
+import re
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +11,9 @@ from grpo.record.outputs import (
     files_of_checkpoint,
     files_of_env,
     keep_inputs,
+    keep_part,
     keep_run_files,
+    save_output,
     writable_file,
     write_output,
 )
@@ -122,13 +127,60 @@ def test_a_file_of_one_s_own_is_not_where_a_stopped_command_leaves_what_is_finis
     assert writable_file(str(tmp_path / "result.json")) == tmp_path / "result.json"
 
 
-def test_an_output_that_cannot_be_written_whole_leaves_the_old_one(tmp_path, monkeypatch):
-    def partly(path, data):
-        path.open("wb").write(data[:2])
-        raise OSError(28, "No space left on device")
+@pytest.fixture
+def fill(monkeypatch):
+    """`fill(*folders)`: the disk with these folders has room for two bytes of a file."""
+    write = Path.write_bytes
 
+    def fill(*folders):
+        def write_bytes(path, data):
+            if not any(path.is_relative_to(folder) for folder in folders):
+                return write(path, data)
+            write(path, data[:2])
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_bytes", write_bytes)
+
+    return fill
+
+
+def test_an_output_that_cannot_be_written_whole_leaves_the_old_one(tmp_path, fill):
     (tmp_path / "x.svg").write_bytes(b"old")
-    monkeypatch.setattr("pathlib.Path.write_bytes", partly)
+    fill(tmp_path)
     with pytest.raises(OSError, match="No space"):
         write_output(tmp_path / "x.svg", b"new one")
     assert contents(tmp_path) == {tmp_path / "x.svg": b"old"}
+
+
+@pytest.mark.parametrize("is_stopped", [True, False])
+def test_what_a_full_disk_cannot_take_is_kept_elsewhere_and_the_old_file_stays(tmp_path, fill, monkeypatch, is_stopped):
+    output, elsewhere = tmp_path / "full" / "answers.jsonl", tmp_path / "elsewhere"
+    for folder in (output.parent, elsewhere):
+        folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+    path, save = (output.with_name("answers.jsonl.partial"), keep_part) if is_stopped else (output, save_output)
+    path.write_text("old")
+    fill(output.parent)
+    with pytest.raises(OSError) as caught:
+        save(output, "new\ud800")
+    kept, = (path for path in elsewhere.rglob("*") if path.is_file())
+    assert str(caught.value) == (f"{path} cannot be written (No space left on device), and what is there stays; what is finished "
+                                 f"is in {kept}: make room, and move it to {path}")
+    assert kept.read_text() == "new\\ud800" and contents(output.parent) == {path: b"old"}
+
+
+def test_where_no_disk_has_room_the_message_says_that_what_is_finished_is_lost(tmp_path, fill, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    fill(tmp_path)
+    message = (f"{tmp_path}/x.json.partial cannot be written (No space left on device); nor can temporary files, so what this "
+               "command has finished is lost: make room, and start it again")
+    with pytest.raises(OSError, match=re.escape(message)):
+        keep_part(tmp_path / "x.json", "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_too_long_for_what_is_kept_on_the_way_is_refused_at_the_start(tmp_path):
+    assert writable_file(str(tmp_path / ("x" * 240))) and not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match="cannot be written .File name too long"):
+        writable_file(str(tmp_path / ("x" * 250)))
+    assert not list(tmp_path.iterdir())
