@@ -28,6 +28,7 @@ class AdapterCopies:
                     flat[key] = torch.empty(key[1] // parameter.itemsize, dtype=model.dtype, device=parameter.device)
                 self._copies[name] = flat[key].as_strided(parameter.shape, parameter.stride(), parameter.storage_offset())
         modules = [module for module in model.modules() if isinstance(module, RoutedExperts) or type(module) is Linear]
+        # a row for each: a dense product counts in the first, the two of the experts in one each
         self._counters = torch.zeros(len(modules), 2, dtype=torch.int32, device=model.device)
         self._counted = list(zip(modules, self._counters))
         self.refresh()

@@ -20,7 +20,7 @@ class Linear(nn.Module):
         self.register_parameter("lora_A", None)  # [r, in] fp32
         self.register_parameter("lora_B", None)  # [out, r] fp32
         self.lora_scale, self.adapter_enabled = 0.0, True
-        self.low_rank_ready: torch.Tensor | None = None  # [1] int32: kernels/linear.py's Adapter.ready
+        self.low_rank_ready: torch.Tensor | None = None  # kernels/linear.py: Adapter.ready
 
     def has_adapter(self) -> bool:
         """Whether it has an adapter that is enabled."""

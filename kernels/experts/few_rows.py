@@ -14,14 +14,14 @@ bfloat16 on some GPUs with scales up to 128, and arithmetic in fp32 otherwise. T
 first factors.
 
 LoRA's first product, low_rank = scale * x A^T rounded to x's dtype, is a launch of its own before that of W. Or, if the caller
-has a counter for it, W's launch has a few more programs, its first, which compute low_rank while the others multiply with W, who
-wait for the counter before they add LoRA. That saves a launch, and weights are asked for before x is there.
+has a counter for it, W's launch has a few more programs, its first: they compute low_rank while the others multiply with W and
+then wait for the counter before they add LoRA. That saves a launch, and weights are asked for before x is there.
 
 Expert offsets stay on the device and grids depend on the number of tokens alone, so a CUDA graph can replay the launches.
 Programs without work exit at once.
 
 If launches overlap (kernels/device.py), a launch of x A^T and that of W run at the same time: the latter waits just before it
-adds LoRA. A launch that none of x A^T precedes starts loading its first weights, then waits for x.
+adds LoRA. A launch that needs nothing but x from the one before (FOR_X) starts loading its first weights, then waits for x.
 
 Shapes: T tokens, A experts per token, R = T * A routed rows, D model width, F expert width, E experts, r rank, K in, N out.
 """
@@ -421,6 +421,7 @@ def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Te
     assert bias is None or bias.shape == (num_experts, num_out), f"bias {bias.shape}: {(num_experts, num_out)} needed"
     assert (low_rank is None and lora_A is None) == (lora_up is None), "low_rank or lora_A come together with lora_up"
     assert low_rank is None or low_rank.is_contiguous() and lora_A is None
+    assert waits != FOR_LOW_RANK or low_rank is not None, "the launch before computes no low_rank: wait for x or for all"
     assert (lora_A is None) == (ready is None), "lora_A and ready come together"
     assert lora_A is None or lora_A.shape == (num_experts, rank, num_in) and lora_A.is_contiguous(), f"lora_A {lora_A.shape}"
     assert lora_A is None or lora_A.dtype == x.dtype, f"lora_A {lora_A.dtype}: x's dtype {x.dtype} needed"
@@ -456,7 +457,6 @@ def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Te
     rank_block = max(16, min(64, next_power_of_2(num_ranks)))
     up_strides = (0, 0, 0) if lora_up is None else lora_up.stride()
     alpha, limit = (0.0, 0.0) if swiglu is None else swiglu
-    assert waits != FOR_LOW_RANK or low_rank is not None, "nothing to wait for"
     token_tiles = num_rows // (blocks.tokens + blocks.more) + min(num_experts, num_rows)  # at most: a part tile per expert
     launch(
         moe_decode_kernel, (num_low + token_tiles * cdiv(num_out, blocks.rows),),

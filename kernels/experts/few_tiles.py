@@ -92,8 +92,8 @@ def choose_decode_blocks(family: str, dtype: torch.dtype, num_rows: float, num_e
 
 def low_rank_steps(blocks: DecodeBlocks, num_in: int, dtype: torch.dtype, *, is_packed: bool) -> tuple[int, int]:
     """For a launch of these blocks that computes x A^T as well, in tiles of 16 ranks and 16 rows: the inputs of a step, and the
-    number of stages, which together take no more shared memory than W's. Many small stages have most bytes under way."""
-    inner, weight_bits = min(128, next_power_of_2(num_in)), 5 if is_packed else 8 * dtype.itemsize  # scales included
+    number of stages, which together take about as much shared memory as W's. Many small stages have most bytes under way."""
+    inner, weight_bits = max(16, min(128, next_power_of_2(num_in))), 5 if is_packed else 8 * dtype.itemsize  # scales included
     most = blocks.num_stages * blocks.inner * (blocks.rows * weight_bits // 8 + blocks.tokens * dtype.itemsize)  # bytes
     return inner, max(2, min(12, most // (inner * 32 * dtype.itemsize)))
 
