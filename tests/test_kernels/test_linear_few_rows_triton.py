@@ -7,6 +7,7 @@ import triton
 from aot import ARCHITECTURES, check_fits, compile_for
 
 from kernels.device import family_of
+from kernels.experts import few_rows
 from kernels.experts.few_rows import moe_decode_kernel
 from kernels.experts.few_tiles import low_rank_steps
 from kernels.experts.gemm import grouped_gemm
@@ -48,6 +49,8 @@ def decoded(t, sizes, adapted, *, in_one_launch=False):
     columns = [slice(sum(sizes[:i]), sum(sizes[:i + 1])) for i in adapted]
     ready = torch.zeros(1, dtype=torch.int32, device=t["x"].device) if in_one_launch else None
     A, B = (t[name].to(t["x"].dtype) if in_one_launch else t[name] for name in ("lora_A", "lora_B"))
+    if A.is_cuda:
+        torch.cuda.synchronize()  # a launch may read B before the one before it is complete
     adapter = Adapter(A, B, t.get("lora_groups"), columns, t["lora_scale"], ready)
     return decode_linear(t["x"], t["weight"], t["bias"], adapter)
 
@@ -65,6 +68,18 @@ def test_a_product_with_its_adapters(num_tokens, num_in, sizes, rank, adapted, i
         t["lora_B"][t["lora_groups"] < 0] = torch.nan
     y = decoded(t, sizes, adapted, in_one_launch=in_one_launch)
     torch.testing.assert_close(y.double(), in_float64(t, sizes, rank, adapted), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("poisoned", "ordered_products")
+@pytest.mark.parametrize("num_tokens, num_in, sizes, rank, adapted", [
+    (17, 150, (33, 8, 9), 17, (0, 2)), (16, 40, (32, 64, 32), 48, (0, 2)), (33, 33, (40,), 130, (0,)),
+])
+def test_one_launch_has_the_bits_of_two(num_tokens, num_in, sizes, rank, adapted, monkeypatch):
+    monkeypatch.setattr(few_rows, "low_rank_steps", lambda *_, **__: (32, 2))  # the interpreter adds up within a step first
+    t = problem(num_tokens, num_in, sizes, rank, adapted)
+    one, two = (decoded(t, sizes, adapted, in_one_launch=in_one_launch) for in_one_launch in (True, False))
+    assert one.isfinite().all() and torch.equal(one, two)
 
 
 # in, out, rank, how many slices of it; "and A": the launch computes x A^T too

@@ -11,6 +11,7 @@ from moe_problem import ALPHA, LIMIT, SCALE, composed, moe_decode, moe_forward, 
 
 import kernels.device
 from kernels.device import family_of, gpu_family
+from kernels.experts import few_rows
 from kernels.experts.few_rows import FOR_ALL, FOR_LOW_RANK, decode_projection, moe_decode_kernel
 from kernels.experts.few_tiles import _PACKED, DecodeBlocks, choose_decode_blocks, low_rank_steps, mma_of
 from kernels.experts.sorting import make_routing
@@ -61,6 +62,19 @@ def test_packed_experts(sizes, has_lora, in_one_launch):
 
 
 @pytest.mark.interpreter
+@pytest.mark.usefixtures("poisoned", "ordered_products")
+def test_one_launch_has_the_bits_of_two_and_counts_every_program_that_may_have_work(monkeypatch):
+    monkeypatch.setattr(few_rows, "low_rank_steps", lambda *_, **__: (32, 2))  # the interpreter adds up within a step first
+    indices, packed, tensors = problem(20, 4, 2, 64, 32, 17)
+    t = {name: value.float() for name, value in tensors.items()}
+    arguments, lora = operands(indices, packed, t, "packed", has_lora=True)
+    settings = [with_lora(lora, t["x"], in_one_launch=in_one_launch) for in_one_launch in (True, False)]
+    one, two = (moe_decode(*arguments, **options) for options in settings)
+    assert one.isfinite().all() and torch.equal(one, two)
+    assert settings[0]["ready"].tolist() == 2 * [(40 // 16 + 4) * 2]  # at most 6 tiles of 16 rows, each with 2 of 16 ranks
+
+
+@pytest.mark.interpreter
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("form", ["dense", "dense by rows"])
 def test_dense_experts(form):
@@ -77,6 +91,15 @@ def test_blocks_leave_a_last_step_that_is_a_power_of_two():
                 tail = num_in % blocks.inner
                 assert tail & (tail - 1) == 0 and blocks.inner % chunk_of(num_in) == 0 and blocks.inner <= num_in
                 assert family not in ASM_FAMILIES or blocks.rows * (tail or blocks.inner) >= 256 * blocks.num_warps
+
+
+@pytest.mark.parametrize("blocks, num_in, is_packed, steps", [
+    (DecodeBlocks(64, 16, 256, 4, 3), 2880, True, (128, 6)),  # 3 stages of 256 inputs: 64 rows of 5 bits, 16 tokens of 16
+    (DecodeBlocks(64, 16, 128, 4, 6), 2880, False, (128, 12)),  # 15 would fit
+    (DecodeBlocks(16, 16, 16, 4, 2), 8, False, (16, 2)),  # a matrix instruction takes 16 inputs
+])
+def test_steps_of_low_rank_rows_take_the_shared_memory_of_those_of_the_weight(blocks, num_in, is_packed, steps):
+    assert low_rank_steps(blocks, num_in, torch.bfloat16, is_packed=is_packed) == steps
 
 
 def compile_decode(arch, *, num_rows, num_in=2880, num_out=5760, num_experts=32, rank=0, is_packed=True, is_asm=True,
@@ -145,6 +168,18 @@ def test_kernels_fit_every_gpu(arch, use):
     resources = compile_decode(arch, **USES[use] | {"is_asm": is_asm})
     check_fits(resources, arch)
     assert resources.has_mma
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_low_rank_rows_are_stored_by_all_threads_before_they_are_counted_and_loaded_after_the_wait(arch):
+    use = USES["gate_up of 512 tokens and LoRA A"] | {"is_asm": family_of(arch) in ASM_FAMILIES}
+    stores, counts, waits = compile_decode(arch, **use).ptx.partition("atom.global.gpu.release.add")
+    assert counts and stores.rindex("st.global") < stores.rindex("bar.sync")
+    first, *others = waits.split("ld.acquire.gpu")
+    assert "ld.acquire" not in first and others
+    for following in others:
+        zero = re.search(r"mov\.b32\s+(%r\d+), 0;", following)[1]  # what _wait_until returns
+        assert re.search(rf"\s%rd\d+, {zero}\b", following)  # a part of addresses
 
 
 def test_code_for_an_older_gpu_is_assembled_for_this_one(monkeypatch):
