@@ -285,7 +285,7 @@ def few_projection(s: Sizes, num_rows: int, name: str) -> Work:
 
 
 def few_low_rank(s: Sizes, num_rows: int) -> Work:
-    """Gathered rows by LoRA's A"""
+    """Gathered rows by LoRA's A, as in a short prefill (decode steps: in W's launch)"""
     d = routed(s, num_rows)
     shape, options = (s.config.num_local_experts, s.rank, d.x.shape[1]), {"scale": LORA_SCALE, "gather": d.routing.tokens}
     layers = [s.normal(*shape, dtype=torch.float32) for _ in range(s.max_layers)]
@@ -295,7 +295,7 @@ def few_low_rank(s: Sizes, num_rows: int) -> Work:
 
 
 def few_whole(s: Sizes, num_rows: int, *, has_lora: bool) -> Work:
-    """All of a layer's experts from packed weights"""
+    """All of a layer's experts from packed weights, with LoRA as in a short prefill"""
     d = routed(s, num_rows)
     pairs, num_bytes = packed_layers(s, d, "gate_up", "down")
     loras = [expert_lora(s) if has_lora else None for _ in pairs]

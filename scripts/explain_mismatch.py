@@ -5,9 +5,10 @@
 
 Samples completions, takes the log-probs of all their tokens from the training forward, and compares them bit for bit. Where one
 differs, both paths run again on that completion: the sampler's as prefill of the prompt and a decode step per recorded token,
-beside the other completions of its batch and without CUDA graphs; the trainer's on the same micro-batch. Every operation's result
-is noted in the functions that the product itself calls, and compared row by row. Prints where the first difference is and a table
-of the operations of that layer at that token. Exit code: 0 where no log-prob differs, else 1.
+beside the other completions of its batch, but without CUDA graphs and with LoRA's x A^T in launches of its own (in a rollout the
+launches of W compute it); the trainer's on the same micro-batch. Every operation's result is noted in the functions that the
+product itself calls, and compared row by row. Prints where the first difference is and a table of the operations of that layer at
+that token. Exit code: 0 where no log-prob differs, else 1.
 """
 from __future__ import annotations
 
@@ -370,7 +371,7 @@ def check(model: GptOss, prompts: list[Prompt], settings: Settings) -> int:
     found = explain(model, completions, batch, settings, index=index, position=position)
     if found is None:
         print("both paths agree in every operation when they run again on this completion: what differs comes from the rollout "
-              "around them (CUDA graphs, pages of the cache, rows that come and go)")
+              "around them (CUDA graphs, pages of the cache, rows that come and go, LoRA in the launches of W)")
         return 1
     at, findings = found
     source = next(finding for finding in findings if finding.num_differing)
