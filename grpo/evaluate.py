@@ -46,7 +46,7 @@ from grpo.record.outputs import (
     writable_file,
 )
 from grpo.record.summary import is_interval
-from grpo.record.terminal import clean, print_error, with_interval
+from grpo.record.terminal import clean, print_error, tell, with_interval
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Interrupted, Sampler
 from grpo.rollout.turns import Turns, generator, until_stopped
@@ -162,10 +162,19 @@ def results_table(result: dict[str, object]) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in shown.items())
 
 
+def print_results(result: dict[str, object], config: EvaluateConfig) -> None:
+    """Prints the table. Raises OSError where it cannot, and there is no `output` to write."""
+    text = clean(results_table(result), sys.stdout.encoding)
+    if config.output is None:
+        print(text, flush=True)
+    else:
+        tell(text, sys.stdout)
+
+
 def show_progress(activity: str) -> Callable[[int, int], None]:
     """Counts on stderr: in place on a terminal, else a line every half a minute."""
     form, every = ("\r\x1b[K{}\r", 0.5) if sys.stderr.isatty() else ("{}\n", PROGRESS_SECONDS)
-    return progress_counter(activity, lambda text: print(form.format(text), end="", file=sys.stderr, flush=True), every=every)
+    return progress_counter(activity, lambda text: tell(form.format(text), sys.stderr, end=""), every=every)
 
 
 def run_evaluation(config: EvaluateConfig) -> int:
@@ -221,7 +230,7 @@ def stop_signal(stop: GracefulStop) -> str:
 def report_of(config: EvaluateConfig, ranks: Ranks | None) -> str:
     result = measure(config, ranks)
     if leads(ranks):
-        print(clean(results_table(result), sys.stdout.encoding), flush=True)
+        print_results(result, config)
     return json.dumps(result, indent=2) + "\n"
 
 
@@ -261,13 +270,13 @@ def unfinished(stop: GracefulStop, result: dict[str, object], scored: list[tuple
     if scored:
         result = {"partial": f"{done}; short completions finish first, so these numbers are not those of all", **result}
         if prints:
-            print(clean(results_table(result), sys.stdout.encoding), flush=True)
+            print_results(result, config)
         text = json.dumps(result, indent=2) + "\n"
     return Unfinished(f"{done}; the same command starts again, with max_prompts=N for fewer prompts", text)
 
 
 def note(text: str) -> None:
-    print(clean(text, sys.stderr.encoding), file=sys.stderr, flush=True)
+    tell(clean(text, sys.stderr.encoding), sys.stderr)
 
 
 if __name__ == "__main__":

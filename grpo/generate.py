@@ -51,7 +51,7 @@ from grpo.envs.data_sources import read_rows
 from grpo.envs.rows import PROMPT_NAMES
 from grpo.evaluate import Unfinished, join_sampler, run_shared, stop_signal
 from grpo.record.outputs import keep_inputs, part_of
-from grpo.record.terminal import clean, flush_standard_streams, print_error
+from grpo.record.terminal import clean, flush_standard_streams, print_error, tell
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from grpo.rollout.turns import Turns, until_stopped
@@ -197,7 +197,7 @@ class Conversation:
 
 
 def note(text: str) -> None:
-    print(f"({clean(text, sys.stderr.encoding)})", file=sys.stderr, flush=True)
+    tell(f"({clean(text, sys.stderr.encoding)})", sys.stderr)
 
 
 def load_conversation(config: GenerateConfig, *, is_silent: bool = False) -> Conversation:

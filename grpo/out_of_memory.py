@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+from grpo.record.terminal import tell
 from models.decoder import CAPTURES
 
 # Texts of out-of-memory errors of torch and its libraries, for errors without a type of their own.
@@ -62,4 +63,4 @@ def free_unused() -> None:
 
 def say(text: str) -> None:
     """For programs without a display of their own: what they print may be data."""
-    print(text, file=sys.stderr)
+    tell(text, sys.stderr)

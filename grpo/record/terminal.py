@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 import sys
+from typing import TextIO
 
 
 def hold_standard_streams() -> None:
@@ -28,6 +29,14 @@ def flush_standard_streams() -> None:
                 stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def tell(text: str, stream: TextIO, *, end: str = "\n") -> None:
+    """Prints what the work goes on without: nobody need read it, as in a terminal that was closed."""
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except (OSError, ValueError):
+        flush_standard_streams()
 
 
 def clean(text: str, encoding: str) -> str:

@@ -9,6 +9,7 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -268,6 +269,24 @@ def test_nothing_is_kept_of_an_evaluation_without_a_finished_prompt(run_dir, tmp
     words = [f"run={run_dir}", "num_samples=0", "max_prompts=2", "max_new_tokens=99", f"output={tmp_path / 'result.json'}"]
     assert run_evaluation(load_config("evaluate", words)) == 75
     assert "SIGTERM: 0 of 2 prompts were finished; the same" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_terminal_that_is_closed_costs_no_results(run_dir, tmp_path, monkeypatch, leave_readers):
+    leave_readers()
+    output = tmp_path / "result.json"
+    words = [f"run={run_dir}", "num_samples=0", "max_prompts=2", "max_new_tokens=3"]
+    assert run_evaluation(load_config("evaluate", [*words, f"output={output}"])) == 0
+    assert json.loads(output.read_text())["num_prompts"] == 2
+    stop = Mock(side_effect=lambda finished, total: finished == 1 and signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("grpo.evaluate.join_sampler", lambda *_: stop)
+    assert run_evaluation(load_config("evaluate", [*words, "max_batch=1", f"output={output}"])) == 75
+    assert "1 of 2 prompts" in json.loads((tmp_path / "result.json.partial").read_text())["partial"]
+
+
+def test_results_that_are_only_printed_must_be_read(run_dir, leave_readers):
+    leave_readers()
+    words = [f"run={run_dir}", "num_samples=0", "max_prompts=2", "max_new_tokens=3"]
+    assert run_evaluation(load_config("evaluate", words)) == 1
 
 
 def test_a_program_may_evaluate_in_a_thread(run_dir, tmp_path):

@@ -465,6 +465,14 @@ def test_a_signal_that_comes_while_the_answers_are_read_loses_none(carry_run, tm
     assert (tmp_path / "out").read_text().count("\n") == 2
 
 
+def test_a_terminal_that_is_closed_costs_no_answers(carry_run, tmp_path, leave_readers):
+    leave_readers()
+    (tmp_path / "asked.jsonl").write_text('{"question": "1+1"}\n')
+    words = [f"run={carry_run}", "max_new_tokens=3", f"prompts={tmp_path / 'asked.jsonl'}", f"output={tmp_path / 'out'}"]
+    assert run_generation(load_config("generate", words)) == 0
+    assert (tmp_path / "out").read_text().count("\n") == 1
+
+
 def test_a_program_may_answer_the_prompts_of_a_file_in_a_thread(carry_run, tmp_path):
     (tmp_path / "asked.jsonl").write_text('{"question": "1+1"}\n')
     words = [f"run={carry_run}", "max_new_tokens=3", f"prompts={tmp_path / 'asked.jsonl'}", f"output={tmp_path / 'out'}"]
