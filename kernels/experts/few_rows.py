@@ -298,7 +298,8 @@ def moe_decode_kernel(
     words and scales as unpack_fragments takes them; the last TAIL inputs are a step of their own. Dense weights: stride_weight
     is the stride of the dimension that is not contiguous. WAITS: FOR_ALL, FOR_X or FOR_LOW_RANK. IS_SLICED: a tile has features
     of one slice. With LOW_INNER the first num_low programs compute low_rank, for which the others wait at their end; programs
-    start in the order of their numbers, so none of the first waits for a place that one of the others holds."""
+    start in the order of their numbers, so none of the first waits for a place that one of the others holds, or on sm_100 for
+    tensor memory: all programs that a multiprocessor has room for have theirs."""
     if WAITS == 0:
         wait_for_launch_before(OVERLAPS)
     tile = tl.program_id(0)

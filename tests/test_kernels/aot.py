@@ -27,6 +27,8 @@ class Resources:
     shared: int  # bytes per program
     stack: int  # bytes per thread; above 0 means spilled registers, which have nowhere else to go
     registers: int  # per thread
+    tensor_memory: int  # columns per program, on sm_100
+    warps: int  # per program
     cubin: bytes
     ptx: str
     ttgir: str  # Triton's own form, with the layout of every tensor
@@ -34,6 +36,12 @@ class Resources:
     @cached_property
     def sass(self) -> str:  # on demand: it takes as long as a quarter of the compilation
         return _dump(self.cubin, "-sass")
+
+    @property
+    def at_once(self) -> int:
+        """At most so many programs of a launch run on one multiprocessor of sm_90 or sm_100 at a time, as far as registers and
+        shared memory, 1 KB of it the system's, allow it."""
+        return min(65_536 // (-(-self.registers // 8) * 8 * 32 * self.warps), 233_472 // (self.shared + 1024))
 
     @property
     def mma(self) -> frozenset[str]:
@@ -87,14 +95,17 @@ def compile_for(fn, signature: dict[str, str], constexprs: dict[str, object], ar
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
     options |= {"maxnreg": max_registers} if max_registers else {}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return _read(compiled.asm["cubin"], compiled.metadata.shared, compiled.asm["ptx"], compiled.asm["ttgir"])
+    metadata = compiled.metadata
+    return _read(compiled.asm["cubin"], metadata.shared, metadata.tmem_size or 0, metadata.num_warps, compiled.asm["ptx"],
+                 compiled.asm["ttgir"])
 
 
 @cache
-def _read(cubin: bytes, shared: int, ptx: str, ttgir: str) -> Resources:
+def _read(cubin: bytes, shared: int, tensor_memory: int, warps: int, ptx: str, ttgir: str) -> Resources:
     usage = _dump(cubin, "--dump-resource-usage")
     count = {name: int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK")}
-    return Resources(shared=shared, stack=count["STACK"], registers=count["REG"], cubin=cubin, ptx=ptx, ttgir=ttgir)
+    return Resources(shared=shared, stack=count["STACK"], registers=count["REG"], tensor_memory=tensor_memory, warps=warps,
+                     cubin=cubin, ptx=ptx, ttgir=ttgir)
 
 
 def check_fits(resources: Resources, arch: int, *, max_stack: int = 0) -> None:
@@ -103,6 +114,13 @@ def check_fits(resources: Resources, arch: int, *, max_stack: int = 0) -> None:
     limit = SHARED_MEMORY[family_of(arch)]
     assert resources.shared <= limit, f"sm_{arch}: {resources.shared} bytes of shared memory, the limit is {limit}"
     assert resources.stack <= max_stack, f"sm_{arch}: spills ({resources.stack} bytes of stack)"
+
+
+def check_starts(resources: Resources) -> None:
+    """Asserts that programs on one multiprocessor of sm_100 have tensor memory together, of which there are 512 columns. A
+    program waits for its own when it starts; if others held all of it, and waited for this one, none would go on."""
+    columns = resources.at_once * resources.tensor_memory
+    assert columns <= 512, f"{resources.at_once} programs at once take {columns} columns of tensor memory, there are 512"
 
 
 def product_loops(sass: str) -> list[list[str]]:

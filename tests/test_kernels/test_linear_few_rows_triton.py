@@ -4,7 +4,7 @@ against grouped_gemm."""
 import pytest
 import torch
 import triton
-from aot import ARCHITECTURES, check_fits, compile_for
+from aot import ARCHITECTURES, check_fits, check_starts, compile_for
 
 from kernels.device import family_of
 from kernels.experts import few_rows
@@ -120,6 +120,8 @@ def test_kernels_fit_every_gpu(arch, use, num_tokens):
                             num_stages=blocks.num_stages, divisible=(*divisible, "num_out", "rank", "slice_rank"))
     check_fits(resources, arch)
     assert resources.has_mma
+    if in_one_launch:
+        check_starts(resources)
 
 
 @pytest.mark.gpu

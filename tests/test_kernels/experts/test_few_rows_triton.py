@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import triton
-from aot import ARCHITECTURES, check_fits, compile_for, product_loops
+from aot import ARCHITECTURES, check_fits, check_starts, compile_for, product_loops
 from moe_problem import ALPHA, LIMIT, SCALE, composed, moe_decode, moe_forward, problem
 
 import kernels.device
@@ -72,6 +72,14 @@ def test_one_launch_has_the_bits_of_two_and_counts_every_program_that_may_have_w
     one, two = (moe_decode(*arguments, **options) for options in settings)
     assert one.isfinite().all() and torch.equal(one, two)
     assert settings[0]["ready"].tolist() == 2 * [(40 // 16 + 4) * 2]  # at most 6 tiles of 16 rows, each with 2 of 16 ranks
+
+
+@pytest.mark.interpreter
+def test_a_launch_cannot_wait_for_low_rank_rows_that_it_computes():
+    x, A, B = (torch.ones(1, 16, 16) for _ in range(3))
+    options = {"lora_A": A, "lora_up": B, "ready": torch.zeros(1, dtype=torch.int32), "scale": 1.0}
+    with pytest.raises(AssertionError, match="the launch before computes no low_rank"):
+        decode_projection(x[0], Projection(torch.ones(1, 16, 16), None, None, None, False), None, waits=FOR_LOW_RANK, **options)
 
 
 @pytest.mark.interpreter
@@ -168,6 +176,8 @@ def test_kernels_fit_every_gpu(arch, use):
     resources = compile_decode(arch, **USES[use] | {"is_asm": is_asm})
     check_fits(resources, arch)
     assert resources.has_mma
+    if USES[use].get("in_one_launch"):
+        check_starts(resources)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
