@@ -66,8 +66,9 @@ from models.chat.tokenizer import REPLACEMENT, Tokenizer
 
 GENERATE_STEP = -2  # in place of the step in sampling keys: neither training nor evaluation draws with it
 MAX_HEADER_LEN = 32  # tokens; what has not become a header by then is shown as text
-# Keys that do not decide what the answers to a file of prompts are.
-FREE_KEYS = ("prompts", "output", "max_batch", "threads", "device", "distributed", "model.memory_gb", "model.host_gb")
+# Keys that do not decide what the answers to a file of prompts are, but by the prompts that they render.
+FREE_KEYS = ("prompts", "output", "max_batch", "threads", "device", "distributed", "model.memory_gb", "model.host_gb",
+             "instructions", "reasoning_effort", "current_date")
 INTERRUPTED = 128 + 2  # exit code of a process that SIGINT ends
 NEW_CONVERSATION = "/new"
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -274,6 +275,7 @@ def answers_to_file(config: GenerateConfig, ranks: Ranks | None) -> str:
     if not rows:
         raise DataError(f"{config.prompts}: holds no rows; prompts needs at least one")
     conversation = load_conversation(config, is_silent=not leads(ranks))
+    conversation.chat_settings["current_date"] = date_of_answers(conversation, ranks)
     asked = list(read_questions(rows, takes_messages=conversation.encode_prompt is None))
     prompts = [Prompt(number, encode_row(conversation, place, question), {}) for number, (place, question) in enumerate(asked)]
     return "".join(map(json_line, answers_until_stopped(conversation, prompts, asked, ranks)))
@@ -287,7 +289,7 @@ def answers_until_stopped(conversation: Conversation, prompts: list[Prompt], ask
     progress, same, earlier = join_sampler(ranks, sampler, "answering"), None, {}
     if leads(ranks):
         same = fingerprint(conversation, prompts)
-        earlier = read_part(part_of(Path(config.output).expanduser()), same, num_samples=num_samples)
+        earlier = earlier_answers(config, same)
     if ranks is not None:
         earlier = ranks.exchange("the answers of a stopped command", earlier)[0]
     left = [prompt for prompt in prompts if prompt.id not in earlier]
@@ -305,10 +307,21 @@ def answers_until_stopped(conversation: Conversation, prompts: list[Prompt], ask
     answers += [answer for of_row in earlier.values() for answer in of_row]
     answers.sort(key=lambda answer: (answer["row"], answer["sample"]))
     if len(answers) < len(prompts) * num_samples:
-        head = {"partial": f"{len(answers)} of {len(prompts) * num_samples} answers", "of": same}
+        head = {"partial": f"{len(answers)} of {len(prompts) * num_samples} answers", "of": same,
+                "current_date": conversation.chat_settings["current_date"]}
         raise Unfinished(f"{stop_signal(stop)}: {head['partial']} were finished; the same command goes on with the rows that "
                          "lack some", "".join(map(json_line, [head, *answers] if answers else [])))
     return answers
+
+
+def date_of_answers(conversation: Conversation, ranks: Ranks | None) -> str:
+    """YYYY-MM-DD of all prompts, where nobody gave it that of a stopped command with which this one goes on on another day. The
+    same on all ranks, though they may have started at midnight."""
+    date = conversation.chat_settings["current_date"]
+    if conversation.config.current_date is None and leads(ranks):
+        head, _ = lines_of_part(conversation.config)
+        date = head.get("current_date", date)
+    return date if ranks is None else ranks.exchange("the date", date)[0]
 
 
 def fingerprint(conversation: Conversation, prompts: list[Prompt]) -> str:
@@ -331,23 +344,28 @@ def files_of_weights(config: GenerateConfig, *, step: int | None) -> dict[str, s
     return found
 
 
-def read_part(path: Path, same: str, *, num_samples: int) -> dict[int, list[dict]]:
-    """Row -> its answers, of the rows that have all of theirs, from what a stopped command left; empty where it left nothing.
-    Raises ConfigError where the file is that of another command."""
-    if not path.is_file():
-        return {}
+def lines_of_part(config: GenerateConfig) -> tuple[dict, list[dict]]:
+    """Head and answers of what a stopped command left for `output`; an empty head where there is none, or another file."""
+    path = part_of(Path(config.output).expanduser())
     try:
         head, *answers = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        is_same = head["of"] == same
-    except (ValueError, KeyError, TypeError):
-        is_same = False
-    if not is_same:
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}, []
+    return (head, answers) if isinstance(head, dict) else ({}, [])
+
+
+def earlier_answers(config: GenerateConfig, same: str) -> dict[int, list[dict]]:
+    """Row -> its answers, of the rows that have all of theirs, from what a stopped command left; empty where it left nothing.
+    Raises ConfigError where the file is that of another command."""
+    path = part_of(Path(config.output).expanduser())
+    head, answers = lines_of_part(config)
+    if path.is_file() and head.get("of") != same:
         raise ConfigError(f"output: {shown(path)} holds answers of a stopped command with other prompts, weights or settings "
                           "(current_date is one); go on with that command, move the file away, or give another output")
     rows: dict[int, list[dict]] = {}
     for answer in answers:
         rows.setdefault(answer["row"], []).append(answer)
-    return {row: found for row, found in rows.items() if len(found) == num_samples}
+    return {row: found for row, found in rows.items() if len(found) == config.num_samples}
 
 
 def json_line(value: dict) -> str:
