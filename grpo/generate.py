@@ -43,14 +43,14 @@ from grpo.config import (
 from grpo.configuration.launch import FAILED, launch, speaks_for_node
 from grpo.configuration.targets import resolve_target
 from grpo.distributed.place import check_alone
-from grpo.distributed.ranks import Ranks, leads
+from grpo.distributed.ranks import RankFault, Ranks, leads
 from grpo.distributed.rollout import own_completions
 from grpo.environment import encode_question, make_environment
 from grpo.envs.data_files import DataError
 from grpo.envs.data_sources import read_rows
 from grpo.envs.rows import PROMPT_NAMES
 from grpo.evaluate import Unfinished, join_sampler, run_shared, stop_signal
-from grpo.record.outputs import keep_inputs, part_of
+from grpo.record.outputs import keep_inputs, keep_part, part_of
 from grpo.record.terminal import clean, flush_standard_streams, print_error, tell
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
@@ -284,34 +284,48 @@ def answers_to_file(config: GenerateConfig, ranks: Ranks | None) -> str:
 def answers_until_stopped(conversation: Conversation, prompts: list[Prompt], asked: list[tuple[str, str | list[dict]]],
                           ranks: Ranks | None) -> list[dict]:
     """The answers to all prompts, by row, then sample. Those that a command of the same kind left when a signal stopped it are
-    taken over. Raises Unfinished, with all that are finished, when a signal comes."""
+    taken over. Raises Unfinished, with all that are finished, when a signal comes, and RankFault where another rank fails: then
+    rank 0 keeps its own."""
     config, sampler, num_samples = conversation.config, conversation.sampler, conversation.config.num_samples
     progress, same, earlier = join_sampler(ranks, sampler, "answering"), None, {}
     if leads(ranks):
         same = fingerprint(conversation, prompts)
         earlier = earlier_answers(config, same)
-    if ranks is not None:
-        earlier = ranks.exchange("the answers of a stopped command", earlier)[0]
-    left = [prompt for prompt in prompts if prompt.id not in earlier]
-    if earlier and leads(ranks):
+    taken = earlier if ranks is None else ranks.exchange("the rows of a stopped command", list(earlier))[0]
+    left = [prompt for prompt in prompts if prompt.id not in taken]
+    if earlier:
         note(f"{len(earlier)} of {len(prompts)} rows were answered before the command was stopped; it goes on with the others")
+
+    def summary(answers: list[dict]) -> str:
+        return f"{len(answers)} of {len(prompts) * num_samples} answers"
+
+    def text_of_part(answers: list[dict]) -> str:
+        head = {"partial": summary(answers), "of": same, "current_date": conversation.chat_settings["current_date"]}
+        return "".join(map(json_line, [head, *in_order(answers)] if answers else []))
+
     with GracefulStop("the same command", keeps="keeps the finished answers and ends", is_silent=not leads(ranks)) as stop:
         generate = functools.partial(
             until_stopped(sampler, conversation.turns), params=conversation.params, step=GENERATE_STEP, num_samples=num_samples,
             should_stop=stop if ranks is None else ranks.watch(stop), progress=progress)
         completions = own_completions(ranks, sampler, generate, left) if left else []
-        answers = [answer_record(conversation.tokenizer, asked[completion.prompt.id][1], completion)
-                   for completion in completions]  # a signal in here ends nothing: all are kept
-        if ranks is not None:
-            answers = [answer for part in ranks.exchange("the answers", answers) for answer in part]
-    answers += [answer for of_row in earlier.values() for answer in of_row]
-    answers.sort(key=lambda answer: (answer["row"], answer["sample"]))
+        answers = [answer for of_row in earlier.values() for answer in of_row]  # a signal in here ends nothing: all are kept
+        answers += [answer_record(conversation.tokenizer, asked[completion.prompt.id][1], completion)
+                    for completion in completions]
+        try:
+            answers = answers if ranks is None else [found for part in ranks.exchange("the answers", answers) for found in part]
+        except RankFault:  # the others' answers are lost with them
+            if leads(ranks):
+                note(f"rank 0 had {summary(answers)}{keep_part(Path(config.output).expanduser(), text_of_part(answers))}")
+            raise
     if len(answers) < len(prompts) * num_samples:
-        head = {"partial": f"{len(answers)} of {len(prompts) * num_samples} answers", "of": same,
-                "current_date": conversation.chat_settings["current_date"]}
-        raise Unfinished(f"{stop_signal(stop)}: {head['partial']} were finished; the same command goes on with the rows that "
-                         "lack some", "".join(map(json_line, [head, *answers] if answers else [])))
-    return answers
+        raise Unfinished(f"{stop_signal(stop)}: {summary(answers)} were finished; the same command goes on with the rows that "
+                         "lack some", text_of_part(answers))
+    return in_order(answers)
+
+
+def in_order(answers: list[dict]) -> list[dict]:
+    """By row, then sample."""
+    return sorted(answers, key=lambda answer: (answer["row"], answer["sample"]))
 
 
 def date_of_answers(conversation: Conversation, ranks: Ranks | None) -> str:

@@ -62,12 +62,13 @@ def test_answers_to_the_prompts_of_a_file_are_those_of_one_process(entry_points,
     assert len((tmp_path / "alone.jsonl").read_text().splitlines()) == 6 and ended.out == ["", ""]
 
 
-def stop_at(folder, calls: tuple[int, int], *, stopped: tuple[int, ...]) -> dict[int, str]:
-    """What two ranks run first: each waits at a model call of its own until the other is at its; then `stopped` get SIGTERM."""
+def stop_at(folder, calls: tuple[int, int], *, stopped: tuple[int, ...], how: str = STOP) -> dict[int, str]:
+    """What two ranks run first: each waits at a model call of its own until the other is at its; then `stopped` get a signal, by
+    the code `how`."""
     def action(rank):
         own, other = str(folder / f"at_{rank}"), str(folder / f"at_{1 - rank}")
         meet = f"open({own!r}, 'w').close(); any(os.path.exists({other!r}) or time.sleep(0.01) for _ in iter(int, 1))"
-        return f"{meet}; {STOP}" if rank in stopped else meet
+        return f"{meet}; {how}" if rank in stopped else meet
 
     return {rank: at_call("grpo.rollout.session.Session.poll", calls[rank], action(rank)) for rank in range(2)}
 
@@ -93,6 +94,20 @@ def test_answers_that_are_finished_when_a_signal_comes_are_kept_and_one_process_
     again = entry_points.run("grpo.generate", *words, f"output={output}")
     assert again.code == 0 and "of 10 rows were answered before" in again.err
     assert output.read_bytes() == whole.read_bytes() and not part.exists()
+
+
+def test_rank_0_keeps_its_own_answers_where_another_rank_is_lost(entry_points, tmp_path):
+    (tmp_path / "asked.csv").write_text("question\n" + "".join(f"{number}+2\n" for number in range(6)))
+    output, part = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.partial"
+    words = (*ANSWERS, f"prompts={tmp_path / 'asked.csv'}", f"output={output}")
+    before = stop_at(tmp_path, (10, 3), stopped=(1,), how=STOP.replace("TERM", "KILL"))
+    ended = run_ranks(entry_points, "grpo.generate", 2, *words, before=before | {0: f"ranks.GRACE_SECONDS = 60.0\n{before[0]}"})
+    assert ended.codes == [1, -9] and "rank 1" in ended.message and "was killed" in ended.message
+    head, *kept = part.read_text().splitlines()
+    assert f"(rank 0 had {len(kept)} of 12 answers; what is finished is in {part}" in ended.errors[0]
+    assert {json.loads(line)["row"] for line in kept} in ({0}, {0, 2}, {0, 2, 4}) and not output.exists()
+    again = entry_points.run("grpo.generate", *words)
+    assert again.code == 0 and "of 6 rows were answered before" in again.err and output.read_text().count("\n") == 12
 
 
 @pytest.mark.parametrize("calls, num_whole, found", [
