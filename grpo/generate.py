@@ -291,7 +291,7 @@ def answers_until_stopped(conversation: Conversation, prompts: list[Prompt], ask
     if leads(ranks):
         same = fingerprint(conversation, prompts)
         earlier = earlier_answers(config, same)
-    taken = earlier if ranks is None else ranks.exchange("the rows of a stopped command", list(earlier))[0]
+    taken = earlier.keys() if ranks is None else set(ranks.exchange("the rows of a stopped command", list(earlier))[0])
     left = [prompt for prompt in prompts if prompt.id not in taken]
     if earlier:
         note(f"{len(earlier)} of {len(prompts)} rows were answered before the command was stopped; it goes on with the others")
