@@ -210,6 +210,12 @@ def lora_parameters(config: GptOssConfig, rank: int, targets: Sequence[str], *, 
     return config.num_hidden_layers * rank * sum(sizes[target] for target in targets)
 
 
+def weight_bytes(needs: Needs) -> int:
+    """All weights but adapters: what full training has on each GPU while sampling, however many divide the update."""
+    matrices = rest_parameters(needs.config) + 2 * embedding_parameters(needs.config)
+    return matrices * needs.dtype.itemsize + needs.config.num_hidden_layers * needs.expert_layer_bytes
+
+
 def cache_bytes(needs: Needs, num_rows: int) -> int:
     """The cache in which so many of the rows run at once, at full length."""
     config, dtype, length = needs.config, needs.dtype, needs.sequence_len

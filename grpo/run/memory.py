@@ -27,6 +27,7 @@ from models.memory_plan import (
     largest,
     least_limit,
     plan,
+    weight_bytes,
 )
 
 DEFAULT_PROMPT_LEN = 512  # tokens, where neither the environment nor the command line says how long prompts are
@@ -173,8 +174,11 @@ def _refusal(needs: Needs, gpu: GpuSpec, model: ModelConfig, *, limit: int, host
         ways.append("model.activation_checkpointing=true")
     value = "null" if model.memory_gb is None else f"{model.memory_gb:g}"
     beside = "" if host >= UNLIMITED else f", with {host / 1e9:.1f} GB of host memory,"
-    return (f"model.memory_gb = {value}: {limit / 1e9:.2f} GB of the GPU{beside} do not hold this "
-            + (f"run; each of these alone fits: {'; '.join(ways)}" if ways else "run, whatever one setting is"))
+    weights = weight_bytes(needs)
+    reason = (f" (while sampling each GPU has all weights, {weights / 1e9:.2f} GB, however many train together)"
+              if needs.trains_all and weights > limit else "")  # or one would look for the number of GPUs that is enough
+    return (f"model.memory_gb = {value}: {limit / 1e9:.2f} GB of the GPU{beside} do not hold this run{reason}"
+            + (f"; each of these alone fits: {'; '.join(ways)}" if ways else ", whatever one setting is"))
 
 
 def summary(plan: MemoryPlan, num_layers: int) -> str:

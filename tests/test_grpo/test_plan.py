@@ -72,6 +72,19 @@ def test_a_plan_of_several_gpus_is_that_of_one_among_them():
     assert line_of(pairs, "gradients")[1] > line_of(pair, "gradients")[1]  # those of other pairs, on their way
 
 
+def test_full_training_of_120b_is_refused_on_any_number_of_gpus_with_the_reason():
+    words = ["gpu=H200", "+experiment=gpt_oss_120b_lora", *SMALL, "rollout.prompts_per_step=64", "optim=full",
+             "model.train=full", "model.lora=null", "model.experts=bf16", "optim.max_tokens=8192"]  # fmt: skip
+    reason = "147.02 GB of the GPU do not hold this run (while sampling each GPU has all weights, 233.66 GB, however many train"
+    for more in ["gpus=8"], ["gpus=8", "distributed.shard=true"], ["gpus=64", "distributed.shard=true"]:
+        with pytest.raises(ConfigError) as raised:  # 116,829,156,672 parameters of 2 bytes, by the published shapes
+            report([*words, *more])
+        assert reason in str(raised.value) and "; each of these alone fits: model.memory_gb=" in str(raised.value)
+    with pytest.raises(ConfigError) as raised:  # what does not fit there is the update
+        report(["gpu=H200", "+experiment=gpt_oss_20b_full", *SMALL, "model.lora=null", "optim.moments=fp32", "model.host_gb=1"])
+    assert "do not hold this run; each of these alone fits" in str(raised.value)
+
+
 def test_a_larger_gpu_is_capped_and_memory_beyond_the_gpu_is_not_planned_with():
     assert "in all, of 15.00" in report(["gpu=H200", "+experiment=gpt_oss_20b_lora", *SMALL, "model.memory_gb=15"])
     assert "in all, of 24.00" in report(["gpu=24", "+experiment=gpt_oss_20b_lora", *SMALL, "model.memory_gb=500"])
