@@ -10,6 +10,7 @@ pass@k is the unbiased estimate 1 - C(n - c, k) / C(n, k) for c correct of n sam
 prompts. Intervals are over prompts, since samples of one prompt are not independent. All evaluations of a run draw with the
 same keys, so that they differ by the policy only.
 """
+import contextlib
 import json
 import math
 import re
@@ -183,33 +184,35 @@ def run_evaluation(config: EvaluateConfig) -> int:
     return run_shared(config, report_of)
 
 
-def run_shared(config: EvaluateConfig | GenerateConfig, work: Callable[[Any, Ranks | None], str]) -> int:
-    """Runs `work(config, ranks)`, on all ranks where torchrun started several; rank 0 writes what it returns to `output`. Returns
+def run_shared(config: EvaluateConfig | GenerateConfig, work: Callable[[Any, Ranks | None, contextlib.ExitStack], str]) -> int:
+    """Runs `work(config, ranks, held)`, on all ranks where torchrun started several; rank 0 writes what it returns to `output`.
+    held: what is entered there, as a GracefulStop, is left after that: no signal comes between the work and its file. Returns
     the exit code: a failure ends all with one message."""
     ranks = failure = None
-    try:
-        ranks = join(config, is_sweep=is_sweep())
-        keep_inputs(config.output, {"model.path": [] if config.model is None else files_of_checkpoint(config.model.path)})
-        output = None if config.output is None or not leads(ranks) else writable_file(config.output)
-        if ranks is not None:
-            ranks.begin(config, prepare_device(config)[0])
+    with contextlib.ExitStack() as held:
         try:
-            text = work(config, ranks)
-        except Unfinished as stop:
+            ranks = join(config, is_sweep=is_sweep())
+            keep_inputs(config.output, {"model.path": [] if config.model is None else files_of_checkpoint(config.model.path)})
+            output = None if config.output is None or not leads(ranks) else writable_file(config.output)
+            if ranks is not None:
+                ranks.begin(config, prepare_device(config)[0])
             try:
-                kept = keep_part(output, stop.text)
-            except OSError as error:
-                raise OSError(f"{stop}; {error}") from None
-            raise Interrupted(f"{stop}{kept}") from None
-        if output is not None:
-            save_output(output, text)
-    except Exception as error:
-        failure = describe_failure(error, log=None, config=config)
-        if failure.reason == "failed" and not isinstance(error, RankFault):
-            failure.message = traceback.format_exc()
-        failure = settle(ranks, failure)
-    return end(failure, ranks, report=lambda failure: print_error("stopped" if failure.code == PREEMPTED else "error",
-                                                                  failure.message))
+                text = work(config, ranks, held)
+            except Unfinished as stop:
+                try:
+                    kept = keep_part(output, stop.text)
+                except OSError as error:
+                    raise OSError(f"{stop}; {error}") from None
+                raise Interrupted(f"{stop}{kept}") from None
+            if output is not None:
+                save_output(output, text)
+        except Exception as error:
+            failure = describe_failure(error, log=None, config=config)
+            if failure.reason == "failed" and not isinstance(error, RankFault):
+                failure.message = traceback.format_exc()
+            failure = settle(ranks, failure)
+        return end(failure, ranks, report=lambda failure: print_error("stopped" if failure.code == PREEMPTED else "error",
+                                                                      failure.message))
 
 
 def join_sampler(ranks: Ranks | None, sampler: Sampler, activity: str) -> Callable[[int, int], None] | None:
@@ -227,15 +230,15 @@ def stop_signal(stop: GracefulStop) -> str:
     return stop.signal_name or "a signal to another rank"
 
 
-def report_of(config: EvaluateConfig, ranks: Ranks | None) -> str:
-    result = measure(config, ranks)
+def report_of(config: EvaluateConfig, ranks: Ranks | None, held: contextlib.ExitStack) -> str:
+    result = measure(config, ranks, held)
     if leads(ranks):
         print_results(result, config)
     return json.dumps(result, indent=2) + "\n"
 
 
-def measure(config: EvaluateConfig, ranks: Ranks | None) -> dict[str, object]:
-    """What was evaluated, on how many prompts, and the metrics."""
+def measure(config: EvaluateConfig, ranks: Ranks | None, held: contextlib.ExitStack) -> dict[str, object]:
+    """What was evaluated, on how many prompts, and the metrics. held: as of run_shared."""
     loaded = load_policy(config, config.env, max_batch=config.max_batch)
     progress = join_sampler(ranks, loaded.sampler, "evaluating")
     trained = loaded.trained
@@ -250,9 +253,9 @@ def measure(config: EvaluateConfig, ranks: Ranks | None) -> dict[str, object]:
     params, turns = SamplingParams.of(config), Turns.of(env, loaded.tokenizer, config.turns)
     run = partial(evaluate, env, loaded.sampler, prompts, params, num_samples=config.num_samples, greedy=config.greedy,
                   progress=progress, turns=turns, ranks=ranks)
-    with GracefulStop("the same command, which starts again", keeps="keeps the results of finished prompts and ends",
-                      is_silent=not leads(ranks)) as stop:
-        metrics, scored = run(should_stop=stop if ranks is None else ranks.watch(stop), keeps_finished=True)
+    stop = held.enter_context(GracefulStop("the same command, which starts again", is_silent=not leads(ranks),
+                                           keeps="keeps the results of finished prompts and ends"))
+    metrics, scored = run(should_stop=stop if ranks is None else ranks.watch(stop), keeps_finished=True)
     result = {**what, "num_prompts": len(prompts), **metrics}
     if len(scored) < len(prompts) * (config.greedy + config.num_samples):
         raise unfinished(stop, result, scored, config, prints=leads(ranks))

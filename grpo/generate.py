@@ -268,8 +268,8 @@ def questions() -> Iterator[str]:
 # ---- the prompts of a file
 
 
-def answers_to_file(config: GenerateConfig, ranks: Ranks | None) -> str:
-    """A JSON line for each answer, by row of the file, then sample."""
+def answers_to_file(config: GenerateConfig, ranks: Ranks | None, held: contextlib.ExitStack) -> str:
+    """A JSON line for each answer, by row of the file, then sample. held: as of run_shared."""
     keep_inputs(config.output, {"prompts": config.prompts})
     rows = list(read_rows(config.prompts, "prompts", subset=None, split=None))  # before the model, which takes longer
     if not rows:
@@ -278,11 +278,11 @@ def answers_to_file(config: GenerateConfig, ranks: Ranks | None) -> str:
     conversation.chat_settings["current_date"] = date_of_answers(conversation, ranks)
     asked = list(read_questions(rows, takes_messages=conversation.encode_prompt is None))
     prompts = [Prompt(number, encode_row(conversation, place, question), {}) for number, (place, question) in enumerate(asked)]
-    return "".join(map(json_line, answers_until_stopped(conversation, prompts, asked, ranks)))
+    return "".join(map(json_line, answers_until_stopped(conversation, prompts, asked, ranks, held)))
 
 
 def answers_until_stopped(conversation: Conversation, prompts: list[Prompt], asked: list[tuple[str, str | list[dict]]],
-                          ranks: Ranks | None) -> list[dict]:
+                          ranks: Ranks | None, held: contextlib.ExitStack) -> list[dict]:
     """The answers to all prompts, by row, then sample. Those that a command of the same kind left when a signal stopped it are
     taken over. Raises Unfinished, with all that are finished, when a signal comes, and RankFault where another rank fails: then
     rank 0 keeps its own."""
@@ -303,20 +303,20 @@ def answers_until_stopped(conversation: Conversation, prompts: list[Prompt], ask
         head = {"partial": summary(answers), "of": same, "current_date": conversation.chat_settings["current_date"]}
         return "".join(map(json_line, [head, *in_order(answers)] if answers else []))
 
-    with GracefulStop("the same command", keeps="keeps the finished answers and ends", is_silent=not leads(ranks)) as stop:
-        generate = functools.partial(
-            until_stopped(sampler, conversation.turns), params=conversation.params, step=GENERATE_STEP, num_samples=num_samples,
-            should_stop=stop if ranks is None else ranks.watch(stop), progress=progress)
-        completions = own_completions(ranks, sampler, generate, left) if left else []
-        answers = [answer for of_row in earlier.values() for answer in of_row]  # a signal in here ends nothing: all are kept
-        answers += [answer_record(conversation.tokenizer, asked[completion.prompt.id][1], completion)
-                    for completion in completions]
-        try:
-            answers = answers if ranks is None else [found for part in ranks.exchange("the answers", answers) for found in part]
-        except RankFault:  # the others' answers are lost with them
-            if leads(ranks):
-                note(f"rank 0 had {summary(answers)}{keep_part(Path(config.output).expanduser(), text_of_part(answers))}")
-            raise
+    stop = held.enter_context(GracefulStop("the same command", keeps="keeps the finished answers and ends",
+                                           is_silent=not leads(ranks)))
+    generate = functools.partial(
+        until_stopped(sampler, conversation.turns), params=conversation.params, step=GENERATE_STEP, num_samples=num_samples,
+        should_stop=stop if ranks is None else ranks.watch(stop), progress=progress)
+    completions = own_completions(ranks, sampler, generate, left) if left else []
+    answers = [answer for of_row in earlier.values() for answer in of_row]  # a signal from here on ends nothing: all are kept
+    answers += [answer_record(conversation.tokenizer, asked[completion.prompt.id][1], completion) for completion in completions]
+    try:
+        answers = answers if ranks is None else [found for part in ranks.exchange("the answers", answers) for found in part]
+    except RankFault:  # the others' answers are lost with them
+        if leads(ranks):
+            note(f"rank 0 had {summary(answers)}{keep_part(Path(config.output).expanduser(), text_of_part(answers))}")
+        raise
     if len(answers) < len(prompts) * num_samples:
         raise Unfinished(f"{stop_signal(stop)}: {summary(answers)} were finished; the same command goes on with the rows that "
                          "lack some", text_of_part(answers))

@@ -37,6 +37,7 @@ from grpo.generate import (
     read_questions,
     run_generation,
 )
+from grpo.record.outputs import write_output
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from grpo.run.checkpoint import save_run
@@ -463,6 +464,30 @@ def test_a_signal_that_comes_while_the_answers_are_read_loses_none(carry_run, tm
     words = [f"run={carry_run}", "max_new_tokens=3", f"prompts={tmp_path / 'asked.jsonl'}", f"output={tmp_path / 'out'}"]
     assert run_generation(load_config("generate", words)) == 0
     assert (tmp_path / "out").read_text().count("\n") == 2
+
+
+@pytest.mark.parametrize("is_stopped, code, name", [(True, 75, "out.partial"), (False, 0, "out")])
+def test_a_hangup_that_comes_while_the_file_is_written_ends_nothing(carry_run, tmp_path, monkeypatch, is_stopped, code, name):
+    """A terminal that closes may send several."""
+    def write(path, content):
+        signal.raise_signal(signal.SIGHUP)
+        return write_output(path, content)
+
+    (tmp_path / "asked.jsonl").write_text('{"question": "1+1"}\n{"question": "14+49"}\n')
+    words = [f"run={carry_run}", "max_new_tokens=3", f"prompts={tmp_path / 'asked.jsonl'}", f"output={tmp_path / 'out'}"]
+    if is_stopped:
+        stop_after(monkeypatch, 1, signal.SIGHUP)
+    own = Mock()  # instead of the end of this process
+    before = signal.signal(signal.SIGHUP, own)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("grpo.record.outputs.write_output", write)
+            assert run_generation(load_config("generate", [*words, "max_batch=1"])) == code
+        own.assert_not_called()
+        assert signal.getsignal(signal.SIGHUP) is own  # again, after the command
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (tmp_path / name).read_text().count("\n") == 2
 
 
 def test_a_terminal_that_is_closed_costs_no_answers(carry_run, tmp_path, leave_readers):
