@@ -210,7 +210,9 @@ def run_shared(config: EvaluateConfig | GenerateConfig, work: Callable[[Any, Ran
             failure = describe_failure(error, log=None, config=config)
             if failure.reason == "failed" and not isinstance(error, RankFault):
                 failure.message = traceback.format_exc()
-            failure = settle(ranks, failure)
+            own, failure = failure, settle(ranks, failure)
+            if leads(ranks) and own.reason in ("interrupted", "disk") and own.message not in failure.message:
+                note(own.message)  # where what is finished lies, though another rank's failure is what ends all
         return end(failure, ranks, report=lambda failure: print_error("stopped" if failure.code == PREEMPTED else "error",
                                                                       failure.message))
 

@@ -43,7 +43,7 @@ from grpo.config import (
 from grpo.configuration.launch import FAILED, launch, speaks_for_node
 from grpo.configuration.targets import resolve_target
 from grpo.distributed.place import check_alone
-from grpo.distributed.ranks import RankFault, Ranks, leads
+from grpo.distributed.ranks import Ranks, leads
 from grpo.distributed.rollout import own_completions
 from grpo.environment import encode_question, make_environment
 from grpo.envs.data_files import DataError
@@ -284,8 +284,8 @@ def answers_to_file(config: GenerateConfig, ranks: Ranks | None, held: contextli
 def answers_until_stopped(conversation: Conversation, prompts: list[Prompt], asked: list[tuple[str, str | list[dict]]],
                           ranks: Ranks | None, held: contextlib.ExitStack) -> list[dict]:
     """The answers to all prompts, by row, then sample. Those that a command of the same kind left when a signal stopped it are
-    taken over. Raises Unfinished, with all that are finished, when a signal comes, and RankFault where another rank fails: then
-    rank 0 keeps its own."""
+    taken over. Raises Unfinished, with all that are finished, when a signal comes, and RankFault (RuntimeError where the
+    connection broke off) where another rank fails: then rank 0 keeps its own."""
     config, sampler, num_samples = conversation.config, conversation.sampler, conversation.config.num_samples
     progress, same, earlier = join_sampler(ranks, sampler, "answering"), None, {}
     if leads(ranks):
@@ -313,7 +313,7 @@ def answers_until_stopped(conversation: Conversation, prompts: list[Prompt], ask
     answers += [answer_record(conversation.tokenizer, asked[completion.prompt.id][1], completion) for completion in completions]
     try:
         answers = answers if ranks is None else [found for part in ranks.exchange("the answers", answers) for found in part]
-    except RankFault:  # the others' answers are lost with them
+    except RuntimeError:  # a RankFault, or of a connection to another node that broke; the others' answers are lost with them
         if leads(ranks):
             note(f"rank 0 had {summary(answers)}{keep_part(Path(config.output).expanduser(), text_of_part(answers))}")
         raise

@@ -2,11 +2,13 @@
 import datetime
 import signal
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from paths import FIXTURES
 
 from grpo.configuration.launch import load_config
+from grpo.distributed.ranks import RankFault
 from grpo.generate import run_generation
 
 MODEL = ("+model=gpt_oss_20b", f"model.path={FIXTURES / 'tiny_mxfp4'}", f"model.tokenizer={FIXTURES / 'tokenizer_brief'}",
@@ -51,3 +53,59 @@ def test_other_prompts_than_those_of_the_stopped_command_are_refused(answer, tmp
     (tmp_path / "asked.csv").write_text("question\n1+1\n2+3\n3+3\n")
     assert answer(1) == 2
     assert (tmp_path / "answers.jsonl.partial").read_text() == kept
+
+
+class RankZero:
+    """Rank 0 of two, of which the other has no prompts and fails in the exchange of the answers, with `error`."""
+    rank, part, num_parts, num_ranks = 0, 0, 1, 2
+    fault = RankFault("rank 1 was killed", reason="failed", code=1, rank=1, is_lost=True)
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.notes = error, []
+
+    def begin(self, config, device) -> None:
+        pass
+
+    def watch(self, stop):
+        return stop
+
+    def exchange(self, what, value):
+        if what == "the answers" and self.error is not None:
+            raise self.error
+        return [value, [] if what == "the answers" else value]
+
+    def settle(self, message, **_) -> RankFault:
+        return self.fault
+
+    def speaks(self) -> bool:
+        return True
+
+    def leave(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("error", [RankZero.fault, RuntimeError("Connection closed by peer")])
+def test_rank_0_keeps_its_own_answers_however_another_rank_is_found_lost(answer, tmp_path, monkeypatch, capsys, error):
+    monkeypatch.setattr("grpo.evaluate.join", lambda *_, **__: RankZero(error))
+    assert answer(1) == 1
+    part = tmp_path / "answers.jsonl.partial"
+    said = capsys.readouterr().err
+    assert f"(rank 0 had 3 of 3 answers; what is finished is in {part}" in said and "error: rank 1 was killed" in said
+    assert part.read_text().count("\n") == 4
+
+
+def test_where_another_rank_is_lost_and_no_disk_has_room_one_learns_both(answer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("grpo.evaluate.join", lambda *_, **__: RankZero(RankZero.fault))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("grpo.record.outputs.new_file", Mock(side_effect=OSError(28, "No space left on device")))
+    assert answer(1) == 1
+    said = capsys.readouterr().err
+    assert "answers.jsonl.partial cannot be written (No space left on device)" in said and "error: rank 1 was killed" in said
+
+
+def test_where_another_rank_is_lost_after_its_answers_have_come_one_learns_where_all_are(answer, tmp_path, monkeypatch, capsys):
+    """The signal stands for what rank 0 hears of the failure, by which it stops."""
+    monkeypatch.setattr("grpo.evaluate.join", lambda *_, **__: RankZero())
+    assert answer(1, stops=True) == 1
+    said = capsys.readouterr().err
+    assert f"what is finished is in {tmp_path / 'answers.jsonl.partial'}" in said and "error: rank 1 was killed" in said
