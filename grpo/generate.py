@@ -44,7 +44,7 @@ from grpo.configuration.launch import FAILED, launch, speaks_for_node
 from grpo.configuration.targets import resolve_target
 from grpo.distributed.place import check_alone
 from grpo.distributed.ranks import Ranks, leads
-from grpo.distributed.rollout import own_completions
+from grpo.distributed.rollout import digest_prompts, own_completions
 from grpo.environment import encode_question, make_environment
 from grpo.envs.data_files import DataError
 from grpo.envs.data_sources import read_rows
@@ -291,7 +291,7 @@ def answers_until_stopped(conversation: Conversation, prompts: list[Prompt], ask
     if leads(ranks):
         same = fingerprint(conversation, prompts)
         earlier = earlier_answers(config, same)
-    taken = earlier.keys() if ranks is None else set(ranks.exchange("the rows of a stopped command", list(earlier))[0])
+    taken = earlier.keys() if ranks is None else rows_taken(config, prompts, earlier, ranks)
     left = [prompt for prompt in prompts if prompt.id not in taken]
     if earlier:
         note(f"{len(earlier)} of {len(prompts)} rows were answered before the command was stopped; it goes on with the others")
@@ -321,6 +321,16 @@ def answers_until_stopped(conversation: Conversation, prompts: list[Prompt], ask
         raise Unfinished(f"{stop_signal(stop)}: {summary(answers)} were finished; the same command goes on with the rows that "
                          "lack some", text_of_part(answers))
     return in_order(answers)
+
+
+def rows_taken(config: GenerateConfig, prompts: list[Prompt], earlier: dict[int, list[dict]], ranks: Ranks) -> set[int]:
+    """The rows that rank 0 has answers to. Raises DataError if the ranks do not have the same prompts."""
+    found = ranks.exchange("the rows of a stopped command", (digest_prompts(prompts), list(earlier)))
+    differing = [rank for rank, (digest, _) in enumerate(found) if digest != found[0][0]]
+    if differing:
+        raise DataError(f"{config.prompts}: rank {differing[0]} has other prompts than rank 0; file and tokenizer must be the "
+                        "same on all nodes")
+    return set(found[0][1])
 
 
 def in_order(answers: list[dict]) -> list[dict]:

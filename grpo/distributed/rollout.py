@@ -36,7 +36,7 @@ def all_scored(ranks: Ranks | None, env: Environment, prompts: list[Prompt],
     # rows stay: every rank has the prompts, and what is in a row may be anything
     sent = [(replace(completion, prompt=None, episode=_sendable(completion)), completion.prompt.id, score)
             for completion, score in zip(completions, scores)]
-    found = ranks.exchange("the scores", (_digest(prompts), sent), channel=ROLLOUT)
+    found = ranks.exchange("the scores", (digest_prompts(prompts), sent), channel=ROLLOUT)
     differing = [rank for rank, (digest, _) in enumerate(found) if digest != found[0][0]]
     if differing:
         raise EnvironmentFault(f"environment {type(env).__name__}: rank {differing[0]} got other prompts than rank 0; prompts "
@@ -52,5 +52,6 @@ def _sendable(completion: Completion):
     return None if completion.episode is None else replace(completion.episode, reward=None)
 
 
-def _digest(prompts: list[Prompt]) -> str:
+def digest_prompts(prompts: list[Prompt]) -> str:
+    """Of their ids and tokens."""
     return hashlib.sha256(repr([(prompt.id, prompt.token_ids) for prompt in prompts]).encode()).hexdigest()

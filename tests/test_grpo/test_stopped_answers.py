@@ -60,8 +60,9 @@ class RankZero:
     rank, part, num_parts, num_ranks = 0, 0, 1, 2
     fault = RankFault("rank 1 was killed", reason="failed", code=1, rank=1, is_lost=True)
 
-    def __init__(self, error: Exception | None = None) -> None:
-        self.error, self.notes = error, []
+    def __init__(self, error: Exception | None = None, *, others: dict | None = None) -> None:
+        """others: of an exchange, the value that the other rank has, where it is not rank 0's."""
+        self.error, self.notes, self.others = error, [], {"the answers": []} if others is None else others
 
     def begin(self, config, device) -> None:
         pass
@@ -72,7 +73,7 @@ class RankZero:
     def exchange(self, what, value):
         if what == "the answers" and self.error is not None:
             raise self.error
-        return [value, [] if what == "the answers" else value]
+        return [value, self.others.get(what, value)]
 
     def settle(self, message, **_) -> RankFault:
         return self.fault
@@ -109,3 +110,12 @@ def test_where_another_rank_is_lost_after_its_answers_have_come_one_learns_where
     assert answer(1, stops=True) == 1
     said = capsys.readouterr().err
     assert f"what is finished is in {tmp_path / 'answers.jsonl.partial'}" in said and "error: rank 1 was killed" in said
+
+
+def test_a_file_of_prompts_that_is_another_on_another_node_is_refused(answer, tmp_path, monkeypatch, capsys):
+    ranks = RankZero(others={"the rows of a stopped command": ("another digest", [])})
+    monkeypatch.setattr("grpo.evaluate.join", lambda *_, **__: ranks)
+    monkeypatch.setattr(ranks, "settle", lambda message, *, code, **_: RankFault(
+        message, reason="bad data", code=code, rank=0, is_lost=False))
+    assert answer(1) == 3
+    assert "rank 1 has other prompts than rank 0" in capsys.readouterr().err and not list(tmp_path.glob("answers*"))
