@@ -90,7 +90,7 @@ def writable_file(name: str) -> Path:
 def write_output(path: Path, content: str | bytes) -> None:
     """Writes a file at once, text in UTF-8 with a lone surrogate as its escape; into a pipe or a device as it is."""
     data = content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content
-    if path.exists() and not path.is_file():
+    if _is_stream(path):
         path.write_bytes(data)
         return
     with new_file(path) as partial:
@@ -105,8 +105,10 @@ def part_of(output: Path) -> Path:
 def keep_part(output: Path | None, text: str) -> str:
     """Writes what there is of an output, which says so near its start, beside the output. Returns words about it. Raises OSError
     as save_output() does."""
-    if output is None or not text or (output.exists() and not output.is_file()):
+    if output is None or not text:
         return ""
+    if _is_stream(output):
+        return f"; nothing is kept, since {shown(output)} is a pipe or a device"
     _write_or_keep_elsewhere(part_of(output), text)
     return f"; what is finished is in {shown(part_of(output))}, and {shown(output)} is not written"
 
@@ -140,7 +142,13 @@ def _keep_elsewhere(path: Path, text: str) -> str:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         return "nor can temporary files, so what this command has finished is lost: make room, and start it again"
-    return f"what is finished is in {folder / path.name}: make room, and move it to {shown(path)}"
+    where = f"what is finished is in {folder / path.name}"  # a stream's name must not be moved over
+    return where if _is_stream(path) else f"{where}: move it to {shown(path)} once that can be written"
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether it is a pipe, a device or the like, which is written into and stays."""
+    return path.exists() and not path.is_file()
 
 
 def _is_part(path: Path) -> bool:

@@ -165,8 +165,16 @@ def test_what_a_full_disk_cannot_take_is_kept_elsewhere_and_the_old_file_stays(t
         save(output, "new\ud800")
     kept, = (path for path in elsewhere.rglob("*") if path.is_file())
     assert str(caught.value) == (f"{path} cannot be written (No space left on device), and what is there stays; what is finished "
-                                 f"is in {kept}: make room, and move it to {path}")
+                                 f"is in {kept}: move it to {path} once that can be written")
     assert kept.read_text() == "new\\ud800" and contents(output.parent) == {path: b"old"}
+
+
+def test_what_a_device_cannot_take_is_kept_but_not_to_be_moved_over_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(OSError, match="^/dev/full cannot be written .No space left on device.; what is finished is in .*/full$"):
+        save_output(Path("/dev/full"), "new")
+    assert [path.read_text() for path in tmp_path.rglob("full")] == ["new"]
+    assert keep_part(Path("/dev/full"), "new") == "; nothing is kept, since /dev/full is a pipe or a device"
 
 
 def test_where_no_disk_has_room_the_message_says_that_what_is_finished_is_lost(tmp_path, fill, monkeypatch):
