@@ -24,11 +24,15 @@ def hold_standard_streams() -> None:
 def flush_standard_streams() -> None:
     """Writes out what is buffered. Python would try again at its exit, and change the exit code where nobody reads any more."""
     for stream in (sys.stdout, sys.stderr):
-        try:
-            if not stream.closed:
-                stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        _flush(stream)
+
+
+def _flush(stream: TextIO) -> None:
+    try:
+        if not stream.closed:
+            stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def tell(text: str, stream: TextIO, *, end: str = "\n") -> None:
@@ -36,7 +40,7 @@ def tell(text: str, stream: TextIO, *, end: str = "\n") -> None:
     try:
         print(text, end=end, file=stream, flush=True)
     except (OSError, ValueError):
-        flush_standard_streams()
+        _flush(stream)  # the other one may have to print what somebody must read, and must raise then
 
 
 def clean(text: str, encoding: str) -> str:
