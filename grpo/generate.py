@@ -300,7 +300,9 @@ def answers_until_stopped(conversation: Conversation, prompts: list[Prompt], ask
         return f"{len(answers)} of {len(prompts) * num_samples} answers"
 
     def text_of_part(answers: list[dict]) -> str:
-        head = {"partial": summary(answers), "of": same, "current_date": conversation.chat_settings["current_date"]}
+        head = {"partial": summary(answers), "of": same}
+        if config.current_date is None:  # one that was given has to be given again, as any other key
+            head["current_date"] = conversation.chat_settings["current_date"]
         return "".join(map(json_line, [head, *in_order(answers)] if answers else []))
 
     stop = held.enter_context(GracefulStop("the same command", keeps="keeps the finished answers and ends",

@@ -44,6 +44,13 @@ def test_the_same_command_goes_on_on_another_day_with_the_date_of_the_prompts_be
     assert (tmp_path / "other.jsonl").read_bytes() != (tmp_path / "whole.jsonl").read_bytes()
 
 
+def test_a_date_that_was_given_must_be_given_again(answer, capsys):
+    assert answer(1, "current_date=2020-01-01", stops=True) == 75
+    assert answer(1) == 2
+    assert "other prompts, weights or settings (current_date is one)" in capsys.readouterr().err
+    assert answer(2, "current_date=2020-01-01") == 0
+
+
 def test_other_prompts_than_those_of_the_stopped_command_are_refused(answer, tmp_path, capsys):
     assert answer(1, stops=True) == 75
     kept = (tmp_path / "answers.jsonl.partial").read_text()
