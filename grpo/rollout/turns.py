@@ -92,11 +92,12 @@ class Turns:
             finally:
                 rollout.leave()
         completions = [play.completion(sequences) for play in finished]
-        self._report(name, completions, sampler.warn, step=step)
+        self._report(name, completions, sampler.warn, step=step, are_all=len(finished) == len(rollout.plays))
         return completions
 
-    def _report(self, name: str, completions: list[Completion], warn: Callable[[str], None], *, step: int) -> None:
-        """Warns of episodes that failed and, once, of tools that raise. Raises EnvironmentFault if all have failed."""
+    def _report(self, name: str, completions: list[Completion], warn: Callable[[str], None], *, step: int, are_all: bool) -> None:
+        """Warns of episodes that failed and, once, of tools that raise. Raises EnvironmentFault if all have failed. are_all: no
+        signal has stopped others, which might have ended well."""
         failed, raised = [], []
         for completion in completions:
             episode = completion.episode
@@ -106,7 +107,7 @@ class Turns:
                 failed.append((episode, where + episode.failure))
             raised += [f"{where}{call.name} {call.raised}" for call in episode.calls if call.raised is not None]
         dropped = [text for episode, text in failed if episode.failure_reward is None]
-        if dropped and len(dropped) == len(completions):
+        if are_all and dropped and len(dropped) == len(completions):
             raise EnvironmentFault(f"environment {name}: all {len(completions)} episodes failed, {dropped[0]}")
         if dropped:
             warn(f"warning: environment {name}: {len(dropped)} of {len(completions)} episodes failed and drop out of their "

@@ -338,6 +338,18 @@ def test_episodes_that_have_ended_when_a_signal_comes_may_be_kept(play):
     assert (ended.sample, ended.finish_reason, ended.episode.reward) == (1, "stop", 0.125)
 
 
+def test_a_signal_is_what_ends_a_rollout_though_all_episodes_that_have_ended_failed(play):
+    class Half(Env):
+        def episode(self, prompt, sample):
+            return Breaking(prompt, sample) if sample == 1 else Tools(prompt, sample)
+
+    HANGS.clear()
+    scripts = {(0, 0): [misbehave("hang")], (0, 1): [FINAL.format("1")]}
+    (ended,), _ = play(scripts, env=Half(), should_stop=HANGS.is_set, keeps_finished=True)
+    assert ended.sample == 1 and "no judge" in ended.episode.failure
+    assert "1 of 1 episodes failed and drop out" in play.warnings[0]
+
+
 def test_groups_of_a_step_carry_turns_and_calls(play, model, monkeypatch):
     scripts = {(0, 0): [call(text="a"), FINAL.format("1")], (0, 1): [FINAL.format("2")]}
     completions, _ = play(scripts)
