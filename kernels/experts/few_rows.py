@@ -69,6 +69,15 @@ def _packed_tile(words, scales, group_stride, scale_stride, k, is_group, GROUPS:
 
 
 @triton.jit
+def _sources(gather, rows, is_row, HAS_GATHER: tl.constexpr):
+    """The rows of x that these routed rows take."""
+    if HAS_GATHER:
+        return tl.load(gather + rows, mask=is_row, other=0)
+    else:
+        return tl.where(is_row, rows, 0)
+
+
+@triton.jit
 def _lora_up(lora_up, lora_groups, expert, features, step, num_out, num_ranks, slice_rank, stride_expert, stride_rank, stride_out,
              RANK: tl.constexpr, HAS_GROUPS: tl.constexpr):
     """[features, RANK] of LoRA's second factor."""
@@ -251,10 +260,7 @@ def _low_rank_tile(
         ranks = within // token_tiles * SIZE + tl.arange(0, SIZE)
         rows = start + within % token_tiles * SIZE + tl.arange(0, SIZE)
         is_row = rows < end
-        if HAS_GATHER:
-            sources = tl.load(gather + rows, mask=is_row, other=0)
-        else:
-            sources = tl.where(is_row, rows, 0)
+        sources = _sources(gather, rows, is_row, HAS_GATHER)
         acc = _dense_sum(x, sources, is_row, lora_A + expert.to(tl.int64) * rank * NUM_IN, ranks, rank, stride_x, NUM_IN, NUM_IN,
                          SIZE, SIZE, INNER, STAGES, True, NUM_IN % INNER == 0, OVERLAPS, WAITS)
         if NUM_IN <= INNER:  # as in moe_decode_kernel
@@ -296,10 +302,11 @@ def moe_decode_kernel(
 ):  # fmt: skip
     """ROWS output features of one expert for TOKENS of its rows, and for MORE further ones if it has them. Packed weights:
     words and scales as unpack_fragments takes them; the last TAIL inputs are a step of their own. Dense weights: stride_weight
-    is the stride of the dimension that is not contiguous. WAITS: FOR_ALL, FOR_X or FOR_LOW_RANK. IS_SLICED: a tile has features
-    of one slice. With LOW_INNER the first num_low programs compute low_rank, for which the others wait at their end; programs
-    start in the order of their numbers, so none of the first waits for a place that one of the others holds, or on sm_100 for
-    tensor memory: all programs that a multiprocessor has room for have theirs."""
+    is the stride of the dimension that is not contiguous. WAITS: FOR_ALL, FOR_X or FOR_LOW_RANK. LoRA's groups: a tile may have
+    features of several (HAS_LORA_GROUPS), or has those of one (IS_SLICED). With LOW_INNER the first num_low programs compute
+    low_rank, for which the others wait at their end; programs start in the order of their numbers, so none of the first waits for
+    a place that one of the others holds, or on sm_100 for tensor memory: all programs that a multiprocessor has room for have
+    theirs."""
     if WAITS == 0:
         wait_for_launch_before(OVERLAPS)
     tile = tl.program_id(0)
@@ -322,10 +329,7 @@ def moe_decode_kernel(
     first_row = start + within % token_tiles * (TOKENS + MORE)
     rows = first_row + tl.arange(0, TOKENS)
     is_row = rows < end
-    if HAS_GATHER:
-        sources = tl.load(gather + rows, mask=is_row, other=0)
-    else:
-        sources = tl.where(is_row, rows, 0)
+    sources = _sources(gather, rows, is_row, HAS_GATHER)
     expert = expert.to(tl.int64)
     features = first + tl.arange(0, ROWS)
     if IS_PACKED:  # in the order of the accumulator: row 8h + g of a group holds feature 2g + h
@@ -339,7 +343,7 @@ def moe_decode_kernel(
     up = None
     if RANK_STEPS == 1 and RANK == 16:  # loaded before the loop, as the tail is; a larger rank would not fit into registers
         up = _lora_up(lora_up, lora_groups, expert, features, 0, num_out, num_ranks, slice_rank, stride_up_expert,
-                      stride_up_rank, stride_up_out, RANK, HAS_LORA_GROUPS and not IS_SLICED)
+                      stride_up_rank, stride_up_out, RANK, HAS_LORA_GROUPS)
     more_rows, more_sources, is_more = rows, sources, is_row
     if IS_PACKED:
         per_input: tl.constexpr = 4 if IS_ASM else 2
@@ -349,10 +353,7 @@ def moe_decode_kernel(
         if MORE:
             more_rows = first_row + TOKENS + tl.arange(0, MORE)
             is_more = more_rows < end
-            if HAS_GATHER:
-                more_sources = tl.load(gather + more_rows, mask=is_more, other=0)
-            else:
-                more_sources = tl.where(is_more, more_rows, 0)
+            more_sources = _sources(gather, more_rows, is_more, HAS_GATHER)
             if first_row + TOKENS < end:
                 acc, more = _packed_sums(x, sources, is_row, more_sources, is_more, weight_base, scale_base, first, num_out,
                                          stride_x, NUM_IN, ROWS, TOKENS, MORE, INNER, TAIL, CHUNK, IS_ASM, EVEN_OUT, MMA,
@@ -365,12 +366,12 @@ def moe_decode_kernel(
                     low_rank += _wait_until(ready, num_low, SPINS)
                 _finish(acc, rows, is_row, first, features, expert, out, bias, low_rank, lora_up, lora_groups, up, num_out, rank,
                         num_ranks, slice_rank, scale, alpha, limit, stride_up_expert, stride_up_rank, stride_up_out,
-                        x.dtype.element_ty, ROWS, TOKENS, RANK, RANK_STEPS, IS_PACKED, HAS_BIAS, HAS_SCALE,
-                        HAS_LORA_GROUPS and not IS_SLICED, HAS_SWIGLU)
+                        x.dtype.element_ty, ROWS, TOKENS, RANK, RANK_STEPS, IS_PACKED, HAS_BIAS, HAS_SCALE, HAS_LORA_GROUPS,
+                        HAS_SWIGLU)
                 _finish(more, more_rows, is_more, first, features, expert, out, bias, low_rank, lora_up, lora_groups, up, num_out,
                         rank, num_ranks, slice_rank, scale, alpha, limit, stride_up_expert, stride_up_rank, stride_up_out,
-                        x.dtype.element_ty, ROWS, MORE, RANK, RANK_STEPS, IS_PACKED, HAS_BIAS, HAS_SCALE,
-                        HAS_LORA_GROUPS and not IS_SLICED, HAS_SWIGLU)
+                        x.dtype.element_ty, ROWS, MORE, RANK, RANK_STEPS, IS_PACKED, HAS_BIAS, HAS_SCALE, HAS_LORA_GROUPS,
+                        HAS_SWIGLU)
                 return
         acc, _ = _packed_sums(x, sources, is_row, more_sources, is_more, weight_base, scale_base, first, num_out, stride_x,
                               NUM_IN, ROWS, TOKENS, 0, INNER, TAIL, CHUNK, IS_ASM, EVEN_OUT, MMA, OVERLAPS, WAITS)
@@ -385,7 +386,7 @@ def moe_decode_kernel(
         low_rank += _wait_until(ready, num_low, SPINS)
     _finish(acc, rows, is_row, first, features, expert, out, bias, low_rank, lora_up, lora_groups, up, num_out, rank, num_ranks,
             slice_rank, scale, alpha, limit, stride_up_expert, stride_up_rank, stride_up_out, x.dtype.element_ty, ROWS, TOKENS,
-            RANK, RANK_STEPS, IS_PACKED, HAS_BIAS, HAS_SCALE, HAS_LORA_GROUPS and not IS_SLICED, HAS_SWIGLU)
+            RANK, RANK_STEPS, IS_PACKED, HAS_BIAS, HAS_SCALE, HAS_LORA_GROUPS, HAS_SWIGLU)
 
 
 def _shape_of(projection: Projection) -> tuple[int, int, int]:
@@ -468,10 +469,11 @@ def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Te
         INNER=blocks.inner, TAIL=tail, CHUNK=chunk, RANK=rank_block, RANK_STEPS=cdiv(num_ranks, rank_block),
         IS_PACKED=is_packed, IS_ASM=is_asm, IN_CONTIGUOUS=in_contiguous, EVEN_IN=num_in % blocks.inner == 0,
         EVEN_OUT=num_out % blocks.rows == 0, HAS_OFFSETS=offsets is not None, HAS_GATHER=gather is not None,
-        HAS_BIAS=bias is not None, HAS_SCALE=scale is not None and lora_A is None, HAS_LORA_GROUPS=lora_groups is not None,
-        IS_SLICED=is_sliced, HAS_SWIGLU=swiglu is not None, LOW_INNER=low_inner, LOW_STAGES=low_stages,
-        SPINS=gpu_family(x) != "interpreter", MMA=mma_of(gpu_family(x), x.dtype, blocks), WAITS=waits, num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages, **overlap_constants(x, num_rows),
+        HAS_BIAS=bias is not None, HAS_SCALE=scale is not None and lora_A is None,
+        HAS_LORA_GROUPS=lora_groups is not None and not is_sliced, IS_SLICED=is_sliced, HAS_SWIGLU=swiglu is not None,
+        LOW_INNER=low_inner, LOW_STAGES=low_stages, SPINS=gpu_family(x) != "interpreter",
+        MMA=mma_of(gpu_family(x), x.dtype, blocks), WAITS=waits, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        **overlap_constants(x, num_rows),
     )  # fmt: skip
     return out
 

@@ -111,7 +111,7 @@ def test_kernels_fit_every_gpu(arch, use, num_tokens):
         "RANK_STEPS": triton.cdiv(num_ranks, rank_block),
         "IS_PACKED": False, "IS_ASM": False, "IN_CONTIGUOUS": True, "EVEN_IN": num_in % blocks.inner == 0,
         "EVEN_OUT": num_out % blocks.rows == 0, "HAS_OFFSETS": False, "HAS_GATHER": False, "HAS_BIAS": not is_low_rank,
-        "HAS_SCALE": is_low_rank, "HAS_LORA_GROUPS": has_groups, "HAS_SWIGLU": False, "IS_SLICED": has_groups,
+        "HAS_SCALE": is_low_rank, "HAS_LORA_GROUPS": False, "HAS_SWIGLU": False, "IS_SLICED": has_groups,
         "LOW_INNER": low[0], "LOW_STAGES": low[1], "SPINS": True,
         "OVERLAPS": False, "MMA": "", "WAITS": 0,
     }  # fmt: skip
