@@ -44,7 +44,7 @@ from grpo.configuration.launch import FAILED, launch, speaks_for_node
 from grpo.configuration.targets import resolve_target
 from grpo.distributed.place import check_alone
 from grpo.distributed.ranks import Ranks, leads
-from grpo.distributed.rollout import digest_prompts, own_completions
+from grpo.distributed.rollout import digest_prompts, own_completions, rank_with_others
 from grpo.environment import encode_question, make_environment
 from grpo.envs.data_files import DataError
 from grpo.envs.data_sources import read_rows
@@ -275,22 +275,23 @@ def answers_to_file(config: GenerateConfig, ranks: Ranks | None, held: contextli
     if not rows:
         raise DataError(f"{config.prompts}: holds no rows; prompts needs at least one")
     conversation = load_conversation(config, is_silent=not leads(ranks))
-    conversation.chat_settings["current_date"] = date_of_answers(conversation, ranks)
+    part = lines_of_part(config) if leads(ranks) else ({}, [])
+    conversation.chat_settings["current_date"] = date_of_answers(conversation, part[0], ranks)
     asked = list(read_questions(rows, takes_messages=conversation.encode_prompt is None))
     prompts = [Prompt(number, encode_row(conversation, place, question), {}) for number, (place, question) in enumerate(asked)]
-    return "".join(map(json_line, answers_until_stopped(conversation, prompts, asked, ranks, held)))
+    return "".join(map(json_line, answers_until_stopped(conversation, prompts, asked, part, ranks, held)))
 
 
 def answers_until_stopped(conversation: Conversation, prompts: list[Prompt], asked: list[tuple[str, str | list[dict]]],
-                          ranks: Ranks | None, held: contextlib.ExitStack) -> list[dict]:
+                          part: tuple[dict, list[dict]], ranks: Ranks | None, held: contextlib.ExitStack) -> list[dict]:
     """The answers to all prompts, by row, then sample. Those that a command of the same kind left when a signal stopped it are
-    taken over. Raises Unfinished, with all that are finished, when a signal comes, and RankFault (RuntimeError where the
-    connection broke off) where another rank fails: then rank 0 keeps its own."""
+    taken over; part: lines_of_part on rank 0. Raises Unfinished, with all that are finished, when a signal comes, and RankFault
+    (RuntimeError where the connection broke off) where another rank fails: then rank 0 keeps its own."""
     config, sampler, num_samples = conversation.config, conversation.sampler, conversation.config.num_samples
     progress, same, earlier = join_sampler(ranks, sampler, "answering"), None, {}
     if leads(ranks):
         same = fingerprint(conversation, prompts)
-        earlier = earlier_answers(config, same)
+        earlier = earlier_answers(config, *part, same)
     taken = earlier.keys() if ranks is None else rows_taken(config, prompts, earlier, ranks)
     left = [prompt for prompt in prompts if prompt.id not in taken]
     if earlier:
@@ -328,10 +329,9 @@ def answers_until_stopped(conversation: Conversation, prompts: list[Prompt], ask
 def rows_taken(config: GenerateConfig, prompts: list[Prompt], earlier: dict[int, list[dict]], ranks: Ranks) -> set[int]:
     """The rows that rank 0 has answers to. Raises DataError if the ranks do not have the same prompts."""
     found = ranks.exchange("the rows of a stopped command", (digest_prompts(prompts), list(earlier)))
-    differing = [rank for rank, (digest, _) in enumerate(found) if digest != found[0][0]]
-    if differing:
-        raise DataError(f"{config.prompts}: rank {differing[0]} has other prompts than rank 0; file and tokenizer must be the "
-                        "same on all nodes")
+    if other := rank_with_others([digest for digest, _ in found]):
+        raise DataError(f"{config.prompts}: rank {other} has other prompts than rank 0; file and tokenizer must be the same on "
+                        "all nodes")
     return set(found[0][1])
 
 
@@ -340,12 +340,11 @@ def in_order(answers: list[dict]) -> list[dict]:
     return sorted(answers, key=lambda answer: (answer["row"], answer["sample"]))
 
 
-def date_of_answers(conversation: Conversation, ranks: Ranks | None) -> str:
+def date_of_answers(conversation: Conversation, head: dict, ranks: Ranks | None) -> str:
     """YYYY-MM-DD of all prompts, where nobody gave it that of a stopped command with which this one goes on on another day. The
-    same on all ranks, though they may have started at midnight."""
+    same on all ranks, though they may have started at midnight. head: of what a stopped command left, on rank 0."""
     date = conversation.chat_settings["current_date"]
-    if conversation.config.current_date is None and leads(ranks):
-        head, _ = lines_of_part(conversation.config)
+    if conversation.config.current_date is None:
         date = head.get("current_date", date)
     return date if ranks is None else ranks.exchange("the date", date)[0]
 
@@ -380,11 +379,10 @@ def lines_of_part(config: GenerateConfig) -> tuple[dict, list[dict]]:
     return (head, answers) if isinstance(head, dict) else ({}, [])
 
 
-def earlier_answers(config: GenerateConfig, same: str) -> dict[int, list[dict]]:
-    """Row -> its answers, of the rows that have all of theirs, from what a stopped command left; empty where it left nothing.
-    Raises ConfigError where the file is that of another command."""
+def earlier_answers(config: GenerateConfig, head: dict, answers: list[dict], same: str) -> dict[int, list[dict]]:
+    """Row -> its answers, of the rows that have all of theirs, from what a stopped command left (lines_of_part); empty where it
+    left nothing. Raises ConfigError where the file is that of another command."""
     path = part_of(Path(config.output).expanduser())
-    head, answers = lines_of_part(config)
     if path.is_file() and head.get("of") != same:
         raise ConfigError(f"output: {shown(path)} holds answers of a stopped command with other prompts, weights or settings "
                           "(current_date is one); go on with that command, move the file away, or give another output")

@@ -37,9 +37,8 @@ def all_scored(ranks: Ranks | None, env: Environment, prompts: list[Prompt],
     sent = [(replace(completion, prompt=None, episode=_sendable(completion)), completion.prompt.id, score)
             for completion, score in zip(completions, scores)]
     found = ranks.exchange("the scores", (digest_prompts(prompts), sent), channel=ROLLOUT)
-    differing = [rank for rank, (digest, _) in enumerate(found) if digest != found[0][0]]
-    if differing:
-        raise EnvironmentFault(f"environment {type(env).__name__}: rank {differing[0]} got other prompts than rank 0; prompts "
+    if other := rank_with_others([digest for digest, _ in found]):
+        raise EnvironmentFault(f"environment {type(env).__name__}: rank {other} got other prompts than rank 0; prompts "
                                "must depend on the arguments and the seed alone")
     by_id = {prompt.id: prompt for prompt in prompts}
     pairs = [(replace(completion, prompt=by_id[id]), score) for _, items in found for completion, id, score in items]
@@ -50,6 +49,11 @@ def all_scored(ranks: Ranks | None, env: Environment, prompts: list[Prompt],
 def _sendable(completion: Completion):
     """A completion's episode without what its code returned: that has been scored, and may be anything."""
     return None if completion.episode is None else replace(completion.episode, reward=None)
+
+
+def rank_with_others(digests: list[str]) -> int:
+    """The first rank whose digest is not that of rank 0; 0 if there is none."""
+    return next((rank for rank, digest in enumerate(digests) if digest != digests[0]), 0)
 
 
 def digest_prompts(prompts: list[Prompt]) -> str:
