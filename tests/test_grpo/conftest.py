@@ -4,7 +4,10 @@ import os
 import sys
 
 import pytest
+from paths import FIXTURES
 from shared_compositions import share
+
+from models.chat.tokenizer import Tokenizer
 
 share()
 
@@ -20,3 +23,8 @@ def leave_readers(monkeypatch):
         monkeypatch.setattr("grpo.evaluate.PROGRESS_SECONDS", 0.0)
 
     return leave
+
+
+@pytest.fixture
+def compact() -> Tokenizer:
+    return Tokenizer.load(FIXTURES / "tokenizer_compact")
